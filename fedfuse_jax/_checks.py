@@ -1,0 +1,148 @@
+"""What every operation asks of its arguments, with errors that name operation, argument, got and needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedfuse_jax import reference
+
+PyTree = Any
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Leaves(NamedTuple):
+    """A pytree taken apart: its leaves as arrays, their paths for messages, and how to put it together."""
+
+    arrays: list[Array]
+    paths: list[str]
+    treedef: Any
+
+    def unflatten(self, arrays: Sequence[Array]) -> PyTree:
+        return jax.tree.unflatten(self.treedef, arrays)
+
+
+def describe(value: Any) -> str:
+    """``float32[3,4]`` for an array, the type's name for anything else."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def is_key_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def as_array(operation: str, argument: str, value: Any, needed: str) -> Array:
+    """``value`` as a JAX array; keys, strings and other things that are not numbers are refused."""
+    if is_key_array(value):
+        raise TypeError(f"{operation}: {argument} is a PRNG key array ({describe(value)}); it needs {needed}.")
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        message = f"{operation}: {argument} is not an array (got {describe(value)}); it needs {needed}."
+        raise TypeError(message) from error
+
+
+def float_leaves(operation: str, argument: str, tree: PyTree) -> Leaves:
+    """The leaves of ``tree``, all of a floating dtype the kernels know."""
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    if not with_paths:
+        raise ValueError(f"{operation}: {argument} has no leaves; it needs a pytree of at least one array.")
+    arrays, paths = [], []
+    for path, leaf in with_paths:
+        name = argument + jax.tree_util.keystr(path)
+        needed = "floating-point arrays (" + ", ".join(FLOAT_DTYPES) + ")"
+        array = as_array(operation, name, leaf, needed)
+        if array.dtype.name not in FLOAT_DTYPES:
+            hint = ""
+            if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
+                hint = " Take integer leaves (batch counters, say) out of the tree, or cast them."
+            raise TypeError(f"{operation}: {name} has dtype {array.dtype}; it needs {needed}.{hint}")
+        arrays.append(array)
+        paths.append(name)
+    return Leaves(arrays, paths, treedef)
+
+
+def client_stacked(operation: str, updates: PyTree) -> tuple[Leaves, Any]:
+    """The leaves of client-stacked updates, and the number of clients they agree on."""
+    leaves = float_leaves(operation, "updates", updates)
+    for array, path in zip(leaves.arrays, leaves.paths, strict=True):
+        if array.ndim == 0:
+            raise ValueError(f"{operation}: {path} is a scalar; it needs a leading client axis.")
+        if array.shape[0] != leaves.arrays[0].shape[0]:
+            raise ValueError(
+                f"{operation}: {path} has {array.shape[0]} clients ({describe(array)}), but {leaves.paths[0]} has "
+                f"{leaves.arrays[0].shape[0]}; every leaf needs the same number of clients on its leading axis."
+            )
+    n_clients = leaves.arrays[0].shape[0]
+    if n_clients == 0:
+        raise ValueError(f"{operation}: updates has no clients ({describe(leaves.arrays[0])}); it needs one at least.")
+    return leaves, n_clients
+
+
+def per_client(operation: str, argument: str, value: Any, n_clients: Any, dtype: Any) -> Array:
+    """A real ``(n_clients,)`` vector, such as weights, in ``dtype``."""
+    needed = f"real numbers of shape ({n_clients},), one per client"
+    array = as_array(operation, argument, value, needed)
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool) or jnp.iscomplexobj(array):
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs {needed}.")
+    if array.shape != (n_clients,):
+        raise ValueError(f"{operation}: {argument} has shape {array.shape}; it needs {needed}.")
+    return array.astype(dtype)
+
+
+def real_scalar(operation: str, argument: str, value: Any, dtype: Any) -> Array:
+    """A real scalar, Python number or traced, in ``dtype``."""
+    array = as_array(operation, argument, value, "a real scalar")
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool) or jnp.iscomplexobj(array):
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs a real scalar.")
+    if array.shape != ():
+        raise ValueError(f"{operation}: {argument} has shape {array.shape}; it needs a scalar.")
+    return array.astype(dtype)
+
+
+def participation(operation: str, where: Any, n_clients: Any) -> Array | None:
+    """``where`` as a bool ``(n_clients,)`` array, or ``None`` for everybody."""
+    if where is None:
+        return None
+    needed = f"bool of shape ({n_clients},), True for the clients that take part"
+    array = as_array(operation, "where", where, needed)
+    if array.dtype != bool:
+        raise TypeError(f"{operation}: where has dtype {array.dtype}; it needs {needed}.")
+    if array.shape != (n_clients,):
+        raise ValueError(f"{operation}: where has shape {array.shape}; it needs {needed}.")
+    return array
+
+
+def result_dtypes(operation: str, arrays: Sequence[Array], out_dtype: Any) -> tuple[str, ...]:
+    """The dtype of each leaf's result: float32 (float64 for float64 leaves), or ``out_dtype`` for all."""
+    if out_dtype is None:
+        return tuple(reference.accumulator_dtype(array.dtype).name for array in arrays)
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(out_dtype)
+    except TypeError as error:
+        raise TypeError(f"{operation}: out_dtype is {out_dtype!r}; it needs one of {FLOAT_DTYPES}.") from error
+    if dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{operation}: out_dtype is {dtype.name}; it needs one of {FLOAT_DTYPES}.")
+    return (dtype.name,) * len(arrays)
+
+
+def tree_accumulator(arrays: Sequence[Array]) -> np.dtype:
+    """The dtype of what belongs to the whole tree (weights, norms)."""
+    return reference.accumulator_dtype(*(array.dtype for array in arrays))
+
+
+def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
+    """A Python or NumPy integer of at least ``minimum``; traced values are refused."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs a Python integer.")
+    if value < minimum:
+        raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least {minimum}.")
+    return int(value)

@@ -1,0 +1,99 @@
+"""Everything the package uses of JAX that JAX does not promise to keep. No other file may import such things.
+
+The tests import this file under the oldest and the newest supported JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax._src import dispatch
+from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
+from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding
+
+__all__ = [
+    "ArrayMapping",
+    "Primitive",
+    "SdyShardingRule",
+    "ad",
+    "apply_primitive",
+    "as_varying",
+    "batching",
+    "custom_partitioning",
+    "explicit_axes",
+    "lowers_for_many_devices",
+    "mlir",
+    "needs_devices_to_lower",
+    "resharded",
+    "varying_axes",
+    "with_sharding_of",
+    "zero_tangent",
+]
+
+apply_primitive = dispatch.apply_primitive
+
+
+def needs_devices_to_lower(primitive: Primitive) -> None:
+    """Says that lowering ``primitive`` may meet ``custom_partitioning``, which wants to know the devices."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def lowers_for_many_devices(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA's partitioner will split what is lowered in ``ctx`` over several devices.
+
+    Not inside a fully manual ``shard_map`` (the code already is one device's), not on a mesh with Explicit axes
+    (types say what is sharded there), and not in an export, where a Python callback cannot travel along.
+    """
+    module = ctx.module_context
+    if module.lowering_parameters.for_export or explicit_axes(jax.sharding.get_abstract_mesh()):
+        return False
+    context = module.axis_context
+    if isinstance(context, SPMDAxisContext):
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return isinstance(context, ShardingContext) and context.num_devices > 1
+
+
+def varying_axes(value: Any) -> frozenset[Any]:
+    """The manual mesh axes over which ``value`` differs from device to device inside a ``shard_map``."""
+    aval = jax.typeof(value)
+    manual = getattr(aval, "mat", None)  # JAX ≥ 0.10; before, the set hung on the type itself
+    return aval.vma if manual is None else manual.varying
+
+
+def as_varying(value: Any, axes: frozenset[Any]) -> Any:
+    """``value``, marked as varying over ``axes`` (its cotangent will be summed over them)."""
+    missing = tuple(sorted(axes - varying_axes(value), key=str))
+    if not missing:
+        return value
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(value, missing, to="varying")
+    return jax.lax.pvary(value, missing)
+
+
+def zero_tangent(value: Any) -> ad.Zero:
+    """The symbolic zero tangent of ``value`` (of dtype float0 for integers and booleans)."""
+    return ad.Zero(jax.typeof(value).to_tangent_aval())
+
+
+def explicit_axes(mesh: Any) -> frozenset[Any]:
+    """The axes of ``mesh`` whose shardings are part of types."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True) if not mesh.empty else ()
+    return frozenset(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def resharded(value: Any, mesh: Any, spec: Any) -> Any:
+    """``value`` with the type that ``spec`` gives it on a mesh with Explicit axes; elsewhere, ``value``."""
+    sharding = jax.typeof(value).sharding
+    if not explicit_axes(mesh) or (sharding.mesh == mesh and sharding.spec == spec):
+        return value
+    return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+
+def with_sharding_of(aval: Any, value: Any) -> Any:
+    """A cotangent with the sharding that its primal's type asks for."""
+    mesh = jax.typeof(value).sharding.mesh if aval.sharding.mesh.empty else aval.sharding.mesh
+    return resharded(value, mesh, aval.sharding.spec)

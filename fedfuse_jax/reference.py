@@ -1,0 +1,210 @@
+"""What each operation means, in ``jax.numpy``.
+
+These functions are the specification of the compiled kernels, the code that runs where no kernel exists, and
+the first thing to read about an operation. They take the same arguments as the public operations, trust them
+to be valid, and favour the obvious over the fast.
+
+Conventions, in every function: the leading axis of a leaf is the client axis; low-precision leaves are
+widened before anything is added; an absent client (``where`` is ``False``) is selected away, never multiplied
+by zero, so its NaNs go nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+PyTree = Any
+
+
+def accumulator_dtype(*dtypes: Any) -> np.dtype:
+    """The dtype sums are kept in: float64 if any of ``dtypes`` is, float32 otherwise."""
+    return np.dtype(np.float64 if any(np.dtype(dtype) == np.float64 for dtype in dtypes) else np.float32)
+
+
+def _tree_accumulator_dtype(tree: PyTree) -> np.dtype:
+    return accumulator_dtype(*(leaf.dtype for leaf in jax.tree.leaves(tree)))
+
+
+def _result_dtype(leaf: Array, out_dtype: Any) -> np.dtype:
+    return accumulator_dtype(leaf.dtype) if out_dtype is None else np.dtype(out_dtype)
+
+
+def _over_parameters(per_client: Array, leaf: Array) -> Array:
+    """Reshapes ``(n_clients,)`` so that it broadcasts against a client-stacked leaf."""
+    return per_client.reshape(per_client.shape + (1,) * (leaf.ndim - 1))
+
+
+def _present(where: Array | None, n_clients: int) -> Array:
+    return jnp.ones(n_clients, bool) if where is None else where
+
+
+# --- Reduce ---------------------------------------------------------------------------------------------------
+
+
+def weighted_sum(updates: PyTree, weights: Array, *, where: Array | None = None, out_dtype: Any = None) -> PyTree:
+    """``Σ wᵢ xᵢ`` over the clients that take part; 0 when nobody does."""
+
+    def reduce_leaf(leaf: Array) -> Array:
+        dtype = accumulator_dtype(leaf.dtype)
+        terms = leaf.astype(dtype) * _over_parameters(weights.astype(dtype), leaf)
+        if where is not None:
+            terms = jnp.where(_over_parameters(where, leaf), terms, 0)
+        return jnp.sum(terms, axis=0).astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(reduce_leaf, updates)
+
+
+def weighted_mean(
+    updates: PyTree, weights: Array | None = None, *, where: Array | None = None, out_dtype: Any = None
+) -> PyTree:
+    """``Σ wᵢ xᵢ / Σ wᵢ`` over the clients that take part; NaN when nobody does."""
+    if weights is None:
+        weights = jnp.ones(jax.tree.leaves(updates)[0].shape[0], _tree_accumulator_dtype(updates))
+    weights = weights.astype(_tree_accumulator_dtype(updates))
+    total_weight = jnp.sum(weights if where is None else jnp.where(where, weights, 0))
+
+    def reduce_leaf(leaf: Array) -> Array:
+        total = weighted_sum(leaf, weights, where=where)
+        return (total / total_weight.astype(total.dtype)).astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(reduce_leaf, updates)
+
+
+def _pairwise_sum(values: Array) -> Array:
+    """Sums over the last axis in blocks of blocks, so that the error grows with log(size), not with size."""
+    block = 512
+    while isinstance(values.shape[-1], int) and values.shape[-1] > block:
+        whole = values.shape[-1] // block * block
+        blocks = values[..., :whole].reshape(*values.shape[:-1], whole // block, block)
+        values = jnp.concatenate([jnp.sum(blocks, axis=-1), values[..., whole:]], axis=-1)
+    return jnp.sum(values, axis=-1)
+
+
+def client_dots(updates: PyTree, others: PyTree, *, shared: bool = False, where: Array | None = None) -> Array:
+    """``⟨xᵢ, yᵢ⟩`` per client over the whole tree; with ``shared``, the same ``y`` (no client axis) for all."""
+    dtype = accumulator_dtype(_tree_accumulator_dtype(updates), _tree_accumulator_dtype(others))
+
+    def dot_leaf(leaf: Array, other: Array) -> Array:
+        other = other.astype(dtype)[None] if shared else other.astype(dtype)
+        products = leaf.astype(dtype) * other
+        return _pairwise_sum(products.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))
+
+    dots = sum(jax.tree.leaves(jax.tree.map(dot_leaf, updates, others)))
+    return dots if where is None else jnp.where(where, dots, 0)
+
+
+def squared_norms(updates: PyTree, *, where: Array | None = None) -> Array:
+    """``‖xᵢ‖²`` per client over the whole tree; 0 for an absent client."""
+    return client_dots(updates, updates, where=where)
+
+
+def finite_clients(updates: PyTree) -> Array:
+    """Whether all of a client's coordinates, over the whole tree, are finite."""
+    finite = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(updates)]
+    return jnp.all(jnp.stack(finite), axis=0)
+
+
+def accumulate_weighted(total: PyTree, update: PyTree, weight: Array) -> PyTree:
+    """``total + weight · update`` for one client's tree."""
+    return jax.tree.map(
+        lambda leaf, new: leaf + weight.astype(leaf.dtype) * new.astype(leaf.dtype), total, update
+    )
+
+
+def stack_clients(updates: list[PyTree]) -> PyTree:
+    """A list of n trees as one client-stacked tree."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
+
+
+# --- Robust ---------------------------------------------------------------------------------------------------
+
+
+def trim_counts(trim_fraction: float, n_clients: int) -> np.ndarray:
+    """``int(trim_fraction · m)`` for every number m of participating clients, 0 … n, in Python's arithmetic."""
+    return np.array([int(trim_fraction * m) for m in range(n_clients + 1)], np.int32)
+
+
+def median_trim_count(num_present: Any) -> Any:
+    """The trim count that makes the trimmed mean of ``num_present`` clients their median."""
+    return (num_present - 1) // 2
+
+
+def _ranks(leaf: Array, where: Array | None) -> Array:
+    """Every client's rank in each coordinate: −inf < finite < +inf < NaN < absent; ties by client index."""
+    absent = jnp.broadcast_to(_over_parameters(~_present(where, leaf.shape[0]), leaf), leaf.shape)
+    client = lax.broadcasted_iota(jnp.int32, leaf.shape, 0)
+    # lax.sort holds -0 and 0 for equal, and every NaN for equal and greatest: the order the contract asks for.
+    _, _, by_rank = lax.sort((absent, leaf, client), dimension=0, num_keys=2, is_stable=True)
+    return jnp.argsort(by_rank, axis=0)
+
+
+def _selected(leaf: Array, trim_count: Any, where: Array | None) -> tuple[Array, Array]:
+    """Which clients a trimmed mean keeps in each coordinate, and how many those are (0 or less: nobody)."""
+    num_present = jnp.sum(_present(where, leaf.shape[0]), dtype=jnp.int32)
+    trim_count = jnp.asarray(trim_count, jnp.int32)
+    ranks = _ranks(leaf, where)
+    num_kept = jnp.where(trim_count < 0, 0, num_present - 2 * trim_count)
+    return (ranks >= trim_count) & (ranks < trim_count + num_kept), num_kept
+
+
+def trimmed_mean(
+    updates: PyTree,
+    trim_count: Any = None,
+    *,
+    trim_fraction: float = 0.2,
+    where: Array | None = None,
+    out_dtype: Any = None,
+) -> PyTree:
+    """Per coordinate, the mean of the values left without the k smallest and the k largest; NaN if none is."""
+    n_clients = jax.tree.leaves(updates)[0].shape[0]
+    if trim_count is None:
+        num_present = jnp.sum(_present(where, n_clients))
+        trim_count = jnp.asarray(trim_counts(trim_fraction, n_clients))[num_present]
+    return jax.tree.map(
+        lambda leaf: selected_mean(leaf, leaf, trim_count, where=where, out_dtype=out_dtype), updates
+    )
+
+
+def coordinate_median(updates: PyTree, *, where: Array | None = None, out_dtype: Any = None) -> PyTree:
+    """Per coordinate, the middle value, or the mean of the two middle values; NaN when nobody takes part."""
+    n_clients = jax.tree.leaves(updates)[0].shape[0]
+    num_present = jnp.sum(_present(where, n_clients), dtype=jnp.int32)
+    return trimmed_mean(updates, median_trim_count(num_present), where=where, out_dtype=out_dtype)
+
+
+def selected_mean(
+    updates: PyTree, values: PyTree, trim_count: Any, *, where: Array | None = None, out_dtype: Any = None
+) -> PyTree:
+    """Per coordinate, the mean of ``values`` over the clients that the trimmed mean of ``updates`` keeps."""
+
+    def reduce_leaf(leaf: Array, value: Array) -> Array:
+        dtype = accumulator_dtype(leaf.dtype)
+        selected, num_kept = _selected(leaf, trim_count, where)
+        kept = jnp.where(selected, value.astype(dtype), 0)
+        count = jnp.maximum(num_kept, 1).astype(dtype)
+        total = jnp.sum(kept, axis=0)
+        # A sum may overflow where the mean does not; dividing first then costs a little rounding.
+        mean = jnp.where(jnp.isfinite(total), total / count, jnp.sum(kept / count, axis=0))
+        return jnp.where(num_kept > 0, mean, jnp.nan).astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(reduce_leaf, updates, values)
+
+
+def spread_to_selected(
+    updates: PyTree, cotangents: PyTree, trim_count: Any, *, where: Array | None = None
+) -> PyTree:
+    """The transpose of ``selected_mean``: a kept client gets its share of the cotangent, the others exactly 0."""
+
+    def spread_leaf(leaf: Array, cotangent: Array) -> Array:
+        dtype = accumulator_dtype(leaf.dtype)
+        selected, num_kept = _selected(leaf, trim_count, where)
+        share = cotangent.astype(dtype) / jnp.maximum(num_kept, 1).astype(dtype)
+        return jnp.where(selected, share[None], 0).astype(leaf.dtype)
+
+    return jax.tree.map(spread_leaf, updates, cotangents)

@@ -1,0 +1,298 @@
+"""Byzantine-robust reductions over clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedfuse_jax import _checks as checks
+from fedfuse_jax import reference
+from fedfuse_jax._primitive import BoundCall, Operand, Operands, Operation
+
+PyTree = Any
+
+
+# --- Operations -----------------------------------------------------------------------------------------------
+
+
+def coordinate_median(updates: PyTree, *, where: Any = None, out_dtype: Any = None) -> PyTree:
+    """Takes the median of the clients in every coordinate.
+
+    .. math:: y_j = \\operatorname{median}_i x_{ij}
+
+    For an even number of clients, the mean of the two middle values. Every leaf ``(n_clients, *shape)`` becomes
+    ``(*shape)``. NaN counts as the greatest value, so that the median gives NaN only when half of the clients do.
+
+    Args:
+      updates: Client-stacked pytree of float32, bfloat16, float16 or float64 leaves ``(n_clients, *shape)``.
+      where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
+      out_dtype: Dtype of every result leaf, rounded once. Default: float32 (float64 for float64 leaves).
+
+    Returns:
+      A pytree like ``updates`` without the client axis; NaN when nobody takes part.
+
+    Raises:
+      TypeError: A leaf is not floating point, or ``where`` is not bool.
+      ValueError: Leaves and ``where`` disagree on the number of clients, or there is none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fedfuse_jax as ff
+      >>> ff.coordinate_median(jnp.array([[1.0, 5.0], [2.0, -4.0], [1e9, jnp.nan]])).tolist()
+      [2.0, 5.0]
+
+    Source:
+      Yin et al. 2018, https://arxiv.org/abs/1803.01498.
+
+    Notes:
+      *Differentiability*: almost everywhere; the cotangent goes to the middle client or, in halves, to the two;
+      at ties to the client of lower rank (smaller value, then lower index).
+      *Sharding*: parameters may be sharded in any way, without collectives; sharded clients are first resharded
+      to parameters.
+      *Determinism*: the same bits for any number of threads, chunking, sharding and instruction set.
+    """
+    name = "coordinate_median"
+    leaves, n_clients = checks.client_stacked(name, updates)
+    where = checks.participation(name, where, n_clients)
+    trim: int | Array
+    if where is not None:
+        trim = reference.median_trim_count(jnp.sum(where, dtype=jnp.int32))
+    elif isinstance(n_clients, int):
+        trim = reference.median_trim_count(n_clients)
+    else:  # a symbolic number of clients, in an export
+        trim = reference.median_trim_count(jnp.asarray(n_clients, jnp.int32))
+    return _bind_order_statistic(COORDINATE_MEDIAN, leaves, trim, where, out_dtype)
+
+
+def trimmed_mean(
+    updates: PyTree,
+    trim_count: Any = None,
+    *,
+    trim_fraction: float = 0.2,
+    where: Any = None,
+    out_dtype: Any = None,
+) -> PyTree:
+    """Averages, in every coordinate, what is left without the k smallest and the k largest values.
+
+    .. math:: y_j = \\frac{1}{m - 2k} \\sum_{r=k}^{m-k-1} x_{(r)j}
+
+    with :math:`x_{(0)j} \\le \\dots \\le x_{(m-1)j}` the sorted values of the m clients that take part. Every leaf
+    ``(n_clients, *shape)`` becomes ``(*shape)``. NaN counts as the greatest value: up to k NaN clients are trimmed
+    like any other bad ones.
+
+    Args:
+      updates: Client-stacked pytree of float32, bfloat16, float16 or float64 leaves ``(n_clients, *shape)``.
+      trim_count: k, a Python integer, or a traced integer scalar that may change without a recompile. Wins over
+        ``trim_fraction``.
+      trim_fraction: A Python number f in [0, 1): k = int(f · m), as SciPy and Flower compute it, for the m clients
+        that take part.
+      where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
+      out_dtype: Dtype of every result leaf, rounded once. Default: float32 (float64 for float64 leaves).
+
+    Returns:
+      A pytree like ``updates`` without the client axis; NaN when nobody takes part, or a traced k leaves nobody.
+
+    Raises:
+      TypeError: A leaf is not floating point, ``where`` is not bool, ``trim_count`` is not an integer, or
+        ``trim_fraction`` is not a Python number.
+      ValueError: 2k ≥ n_clients, or a negative k; leaves and ``where`` disagree on the number of clients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import fedfuse_jax as ff
+      >>> updates = jnp.array([[1.0], [2.0], [3.0], [jnp.nan], [-1e9]])
+      >>> ff.trimmed_mean(updates).tolist(), ff.trimmed_mean(updates, 2).tolist()
+      ([2.0], [2.0])
+
+    Source:
+      Yin et al. 2018, https://arxiv.org/abs/1803.01498.
+
+    Notes:
+      *Differentiability*: almost everywhere; every kept client gets its share of the cotangent, at ties the client
+      of lower rank (smaller value, then lower index) comes first.
+      *Sharding*: parameters may be sharded in any way, without collectives; sharded clients are first resharded
+      to parameters.
+      *Determinism*: the same bits for any number of threads, chunking and sharding.
+    """
+    name = "trimmed_mean"
+    leaves, n_clients = checks.client_stacked(name, updates)
+    where = checks.participation(name, where, n_clients)
+    trim = _trim_count(trim_count, trim_fraction, where, n_clients)
+    return _bind_order_statistic(TRIMMED_MEAN, leaves, trim, where, out_dtype)
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------
+
+
+def _trim_count(trim_count: Any, trim_fraction: Any, where: Array | None, n_clients: Any) -> int | Array:
+    """k as a Python integer where it is known, as an int32 scalar where it is not."""
+    name = "trimmed_mean"
+    if trim_count is None:
+        return _trim_count_from_fraction(trim_fraction, where, n_clients)
+    if isinstance(trim_count, int | np.integer | float | str):
+        k = checks.python_int(name, "trim_count", trim_count, 0)
+        # `where` can only make it worse: k that leaves nobody out of everybody leaves nobody out of fewer.
+        if isinstance(n_clients, int) and 2 * k >= n_clients:
+            raise ValueError(
+                f"{name}: trim_count is {k}; it needs 2 · trim_count < n_clients, and there are {n_clients} clients."
+            )
+        return k
+    needed = "an integer scalar"
+    array = checks.as_array(name, "trim_count", trim_count, needed)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name}: trim_count has dtype {array.dtype}; it needs {needed}.")
+    if array.shape != ():
+        raise ValueError(f"{name}: trim_count has shape {array.shape}; it needs {needed}.")
+    # A count beyond int32 leaves nobody, as the largest int32 does.
+    limit = np.iinfo(np.int32).max
+    return jnp.clip(array, -1, limit).astype(jnp.int32) if array.dtype.itemsize > 2 else array.astype(jnp.int32)
+
+
+def _trim_count_from_fraction(trim_fraction: Any, where: Array | None, n_clients: Any) -> int | Array:
+    name = "trimmed_mean"
+    if isinstance(trim_fraction, bool) or not isinstance(trim_fraction, int | float | np.integer | np.floating):
+        got = checks.describe(trim_fraction)
+        raise TypeError(f"{name}: trim_fraction is {got}; it needs a Python number (trim_count may be traced).")
+    if not 0 <= trim_fraction < 1:
+        raise ValueError(f"{name}: trim_fraction is {trim_fraction}; it needs to be at least 0 and less than 1.")
+    if not isinstance(n_clients, int):
+        raise ValueError(f"{name}: the number of clients is symbolic ({n_clients}); it needs trim_count then.")
+    if where is not None:
+        counts = jnp.asarray(reference.trim_counts(float(trim_fraction), n_clients))
+        return counts[jnp.sum(where, dtype=jnp.int32)]
+    k = int(trim_fraction * n_clients)
+    if 2 * k >= n_clients:
+        raise ValueError(
+            f"{name}: trim_fraction is {trim_fraction}, which drops {k} clients at either end; it needs to leave at "
+            f"least one of {n_clients} clients."
+        )
+    return k
+
+
+def _bind_order_statistic(
+    operation: Operation, leaves: checks.Leaves, trim: int | Array, where: Array | None, out_dtype: Any
+) -> PyTree:
+    dtypes = checks.result_dtypes(operation.name, leaves.arrays, out_dtype)
+    static = isinstance(trim, int)
+    operands = {"updates": leaves.arrays, "where": where, "trim_count": None if static else trim}
+    return leaves.unflatten(operation.bind(operands, dtypes, trim=trim if static else -1))
+
+
+# --- Order statistics -------------------------------------------------------------------------------------------
+
+
+def _known_trim(trim_count: Array | None, trim: int) -> Any:
+    """The trim count is an operand where it is traced, an attribute where it is a Python number."""
+    return trim if trim_count is None else trim_count
+
+
+def _order_definition(*, updates: Any, where: Any, trim_count: Any, out_dtypes: Any, trim: int) -> list[Array]:
+    count = _known_trim(trim_count, trim)
+    return [
+        reference.trimmed_mean(leaf, count, where=where, out_dtype=dtype)
+        for leaf, dtype in zip(updates, out_dtypes, strict=True)
+    ]
+
+
+def _order_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
+    """The tangent of what is kept: which clients those are changes on a set of measure zero."""
+    return _bind_for_leaves(call, SELECTED_MEAN, primals, "values", tangents["updates"], call.layout.out_dtypes)
+
+
+def _bind_for_leaves(
+    call: BoundCall, operation: Operation, operands: Operands, argument: str, given: Any, out_dtypes: Any
+) -> list[Array | None]:
+    """Binds ``operation`` with ``given`` as ``argument``, over the leaves that have one."""
+    out: list[Array | None] = [None] * len(given)
+    leaves = [leaf for leaf, value in enumerate(given) if value is not None]
+    if leaves:
+        chosen = {
+            "updates": [operands["updates"][leaf] for leaf in leaves],
+            argument: [given[leaf] for leaf in leaves],
+            "where": operands["where"],
+            "trim_count": operands["trim_count"],
+        }
+        dtypes = [out_dtypes[leaf] for leaf in leaves]
+        results = call.bind(operation, chosen, dtypes, trim=call.layout.attribute("trim"))
+        for leaf, result in zip(leaves, results, strict=True):
+            out[leaf] = result
+    return out
+
+
+_UPDATES = Operand("updates", ("clients",), per_leaf=True)
+_CHOICE = (Operand("where", ("clients",), optional=True), Operand("trim_count", optional=True))
+
+
+def _order_statistic(name: str) -> Operation:
+    return Operation(
+        name,
+        operands=(_UPDATES, *_CHOICE),
+        results=(Operand("reduced", per_leaf=True),),
+        definition=_order_definition,
+        whole_axes=("clients",),
+        jvp=_order_jvp,
+    )
+
+
+COORDINATE_MEDIAN = _order_statistic("coordinate_median")
+TRIMMED_MEAN = _order_statistic("trimmed_mean")
+
+
+def _selected_mean_definition(
+    *, updates: Any, values: Any, where: Any, trim_count: Any, out_dtypes: Any, trim: int
+) -> list[Array]:
+    count = _known_trim(trim_count, trim)
+    return [
+        reference.selected_mean(leaf, value, count, where=where, out_dtype=dtype)
+        for leaf, value, dtype in zip(updates, values, out_dtypes, strict=True)
+    ]
+
+
+def _selected_mean_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
+    return _bind_for_leaves(call, SELECTED_MEAN, primals, "values", tangents["values"], call.layout.out_dtypes)
+
+
+def _selected_mean_transpose(call: BoundCall, cotangents: list[Array], operands: Operands) -> Operands:
+    dtypes = [leaf.dtype.name for leaf in operands["updates"]]
+    return {"values": _bind_for_leaves(call, SPREAD_TO_SELECTED, operands, "cotangents", cotangents, dtypes)}
+
+
+SELECTED_MEAN = Operation(
+    "selected_mean",
+    operands=(_UPDATES, Operand("values", ("clients",), per_leaf=True), *_CHOICE),
+    results=(Operand("reduced", per_leaf=True),),
+    definition=_selected_mean_definition,
+    whole_axes=("clients",),
+    jvp=_selected_mean_jvp,
+    transpose=_selected_mean_transpose,
+)
+
+
+def _spread_definition(
+    *, updates: Any, cotangents: Any, where: Any, trim_count: Any, out_dtypes: Any, trim: int
+) -> list[Array]:
+    return reference.spread_to_selected(updates, cotangents, _known_trim(trim_count, trim), where=where)
+
+
+def _spread_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
+    given, dtypes = tangents["cotangents"], call.layout.out_dtypes
+    return _bind_for_leaves(call, SPREAD_TO_SELECTED, primals, "cotangents", given, dtypes)
+
+
+def _spread_transpose(call: BoundCall, cotangents: list[Array], operands: Operands) -> Operands:
+    dtypes = [x.aval.dtype.name for x in operands["cotangents"]]
+    return {"cotangents": _bind_for_leaves(call, SELECTED_MEAN, operands, "values", cotangents, dtypes)}
+
+
+SPREAD_TO_SELECTED = Operation(
+    "spread_to_selected",
+    operands=(_UPDATES, Operand("cotangents", per_leaf=True), *_CHOICE),
+    results=(Operand("spread", ("clients",), per_leaf=True),),
+    definition=_spread_definition,
+    whole_axes=("clients",),
+    jvp=_spread_jvp,
+    transpose=_spread_transpose,
+)

@@ -1,0 +1,68 @@
+// A custom call's buffers and attributes as plain data, and what a kernel sees of a batch.
+#ifndef FEDFUSE_CONTRACT_BUFFERS_H_
+#define FEDFUSE_CONTRACT_BUFFERS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "contract/types.h"
+#include "math/platform.h"
+
+namespace fedfuse {
+
+struct Buffer {
+  void* data = nullptr;
+  Type type = Type::kOther;
+  std::vector<std::int64_t> dims;
+};
+
+// One custom call as it arrived. Nothing in it has been checked.
+struct Call {
+  const char* operation = "";
+  std::vector<Buffer> operands;
+  std::vector<Buffer> results;
+  std::function<std::optional<std::int64_t>(const char*)> attribute;
+};
+
+// vmap gives every operand as many leading axes as there are maps, each of full size or, where the operand is not
+// mapped, of size 1. fedfuse_jax/_primitive.py has the same number.
+inline constexpr int kMaxBatchDims = 8;
+
+struct Batch {
+  int rank = 0;
+  std::int64_t sizes[kMaxBatchDims] = {};
+  std::int64_t count = 1;
+};
+
+// One operand or result. An axis of the batch along which it is shared has stride 0.
+struct View {
+  std::byte* data = nullptr;
+  Type type = Type::kOther;
+  std::int64_t elements = 0;  // in one element of the batch
+  std::int64_t strides[kMaxBatchDims] = {};  // in bytes
+
+  bool present() const { return type != Type::kOther; }
+
+  FEDFUSE_HOST_DEVICE std::byte* at(const Batch& batch, std::int64_t index) const {
+    std::int64_t offset = 0;
+    for (int axis = batch.rank - 1; axis >= 0; --axis) {
+      offset += index % batch.sizes[axis] * strides[axis];
+      index /= batch.sizes[axis];
+    }
+    return data + offset;
+  }
+};
+
+// What every problem over client-stacked leaves has in common.
+struct Shape {
+  Batch batch;
+  std::int64_t clients = 0;
+  std::vector<std::int64_t> coordinates;  // of each leaf
+};
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CONTRACT_BUFFERS_H_

@@ -1,0 +1,48 @@
+#include "contract/reductions.h"
+
+#include "contract/reader.h"
+
+namespace fedfuse {
+namespace {
+
+std::string read_rest(Reader* reader, ClientDotsProblem* problem) {
+  if (reader->flag("has_where")) problem->where = reader->operand("where", Axis::kClients, {Type::kBool});
+  problem->dots = reader->result("dots", Axis::kClients, {Type::kFloat32, Type::kFloat64});
+  problem->shape = reader->shape();
+  problem->first_block = {0};
+  for (std::int64_t coordinates : problem->shape.coordinates) {
+    const std::int64_t blocks = (coordinates + kReductionBlock - 1) / kReductionBlock;
+    problem->first_block.push_back(problem->first_block.back() + blocks);
+  }
+  const std::int64_t partials =
+      problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
+  problem->partials = reinterpret_cast<double*>(reader->workspace(partials * sizeof(double)));
+  return reader->finish();
+}
+
+}  // namespace
+
+std::string read_squared_norms(const Call& call, ClientDotsProblem* problem) {
+  Reader reader(call);
+  problem->updates = reader.operand_leaves("updates", Axis::kClients);
+  problem->others = problem->updates;
+  return read_rest(&reader, problem);
+}
+
+std::string read_client_dots(const Call& call, ClientDotsProblem* problem) {
+  Reader reader(call);
+  problem->updates = reader.operand_leaves("updates", Axis::kClients);
+  problem->shared = reader.flag("shared");
+  problem->others = reader.operand_leaves("others", problem->shared ? Axis::kNone : Axis::kClients);
+  return read_rest(&reader, problem);
+}
+
+std::string read_finite_clients(const Call& call, FiniteClientsProblem* problem) {
+  Reader reader(call);
+  problem->updates = reader.operand_leaves("updates", Axis::kClients);
+  problem->finite = reader.result("finite", Axis::kClients, {Type::kBool});
+  problem->shape = reader.shape();
+  return reader.finish();
+}
+
+}  // namespace fedfuse

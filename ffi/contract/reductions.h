@@ -1,0 +1,40 @@
+// Reductions over a client's coordinates: squared_norms, client_dots, finite_clients.
+#ifndef FEDFUSE_CONTRACT_REDUCTIONS_H_
+#define FEDFUSE_CONTRACT_REDUCTIONS_H_
+
+#include <string>
+#include <vector>
+
+#include "contract/buffers.h"
+
+namespace fedfuse {
+
+// Sums over coordinates are taken in blocks of so many of a leaf, whose float64 sums are then added in order: neither
+// the number of threads nor the size of a chunk can change them. fedfuse_jax/reduce.py sizes the workspace by it.
+inline constexpr std::int64_t kReductionBlock = 16384;
+
+struct ClientDotsProblem {
+  Shape shape;
+  std::vector<View> updates;  // (clients, parameters)
+  std::vector<View> others;   // (clients, parameters), or (parameters) when shared; the updates again for norms
+  bool shared = false;
+  View where;  // (clients) of bool, or not present
+  View dots;   // (clients), float32 or float64
+  // (batch, clients, blocks) partial sums.
+  double* partials = nullptr;
+  std::vector<std::int64_t> first_block;  // of each leaf, and one past the last
+};
+
+struct FiniteClientsProblem {
+  Shape shape;
+  std::vector<View> updates;  // (clients, parameters)
+  View finite;                // (clients) of bool
+};
+
+std::string read_squared_norms(const Call& call, ClientDotsProblem* problem);
+std::string read_client_dots(const Call& call, ClientDotsProblem* problem);
+std::string read_finite_clients(const Call& call, FiniteClientsProblem* problem);
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CONTRACT_REDUCTIONS_H_

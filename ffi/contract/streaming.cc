@@ -1,0 +1,37 @@
+#include "contract/streaming.h"
+
+#include "contract/reader.h"
+
+namespace fedfuse {
+
+std::string read_accumulate(const Call& call, AccumulateProblem* problem) {
+  Reader reader(call);
+  problem->total = reader.operand_leaves("total", Axis::kNone);
+  problem->update = reader.operand_leaves("update", Axis::kNone);
+  problem->weight = reader.operand("weight", Axis::kNone, {Type::kFloat32, Type::kFloat64});
+  problem->result = reader.result_leaves("result", Axis::kNone);
+  reader.same_types("result", problem->result, problem->total);
+  for (std::size_t leaf = 0; leaf < problem->total.size(); ++leaf) {
+    View needed;
+    needed.type = accumulator_of(problem->update[leaf].type);
+    reader.same_types("total", {problem->total[leaf]}, {needed});
+  }
+  problem->shape = reader.shape();
+  return reader.finish();
+}
+
+std::string read_stack(const Call& call, StackProblem* problem) {
+  Reader reader(call);
+  const std::int64_t clients = reader.attribute("num_clients", 1, static_cast<std::int64_t>(call.operands.size()));
+  for (std::int64_t client = 0; client < clients; ++client) {
+    problem->clients.push_back(reader.operand_leaves("a client's update", Axis::kNone));
+    reader.same_types("a client's update", problem->clients.back(), problem->clients.front());
+  }
+  reader.set_clients(clients);
+  problem->stacked = reader.result_leaves("stacked", Axis::kClients);
+  reader.same_types("stacked", problem->stacked, problem->clients.front());
+  problem->shape = reader.shape();
+  return reader.finish();
+}
+
+}  // namespace fedfuse

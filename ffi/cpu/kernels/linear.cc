@@ -1,0 +1,235 @@
+// Compiled once per instruction set; see simd.h.
+#include "cpu/kernels/linear.h"
+
+#include "cpu/kernels/elements.h"
+#include "cpu/kernels/simd.h"
+
+namespace fedfuse {
+namespace FEDFUSE_ISA {
+namespace {
+
+// Rows that are added to an accumulator while it is in a register.
+constexpr int kSweepRows = 8;
+
+template <Type type>
+struct Linear {
+  using Lane = typename Element<type>::Lane;
+  using Accumulator = typename Element<type>::Accumulator;
+  static constexpr int kParts = Element<type>::kParts;
+  static constexpr int kColumns = kLanes<Lane>;  // in one vector of elements
+
+  // A vector of elements and what it is widened to.
+  struct Wide {
+    Vector<Accumulator> parts[kParts];
+  };
+
+  static FEDFUSE_INLINE Wide widened(const void* elements) {
+    Wide wide;
+    Element<type>::widen(load<Lane>(elements), wide.parts);
+    return wide;
+  }
+
+  static FEDFUSE_INLINE Wide load_accumulators(const Accumulator* from) {
+    Wide wide;
+    for (int part = 0; part < kParts; ++part) {
+      wide.parts[part] = load<Accumulator>(from + part * kLanes<Accumulator>);
+    }
+    return wide;
+  }
+
+  static FEDFUSE_INLINE void store_accumulators(Accumulator* to, const Wide& wide) {
+    for (int part = 0; part < kParts; ++part) store(to + part * kLanes<Accumulator>, wide.parts[part]);
+  }
+
+  static FEDFUSE_INLINE void add_product(Wide* sum, Accumulator weight, const Wide& values) {
+    for (int part = 0; part < kParts; ++part) {
+      sum->parts[part] += fill<Accumulator>(weight) * values.parts[part];
+    }
+  }
+
+  // A vector's worth of elements of which only the first `count` are there; the others read as zero.
+  struct Tail {
+    alignas(kVectorBytes) Lane elements[kColumns] = {};
+
+    FEDFUSE_INLINE Tail(const void* from, std::int64_t count) {
+      __builtin_memcpy(elements, from, count * sizeof(Lane));
+    }
+  };
+
+  struct AccumulatorTail {
+    alignas(kVectorBytes) Accumulator values[kColumns] = {};
+
+    FEDFUSE_INLINE AccumulatorTail(const void* from, std::int64_t count) {
+      __builtin_memcpy(values, from, count * sizeof(Accumulator));
+    }
+  };
+
+  template <int kRows>
+  static FEDFUSE_INLINE void sweep(const Lane* const* rows, const Accumulator* weights, std::int64_t columns,
+                                   bool is_first, Accumulator* out) {
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) {
+      Wide sum = {};
+      if (!is_first) sum = load_accumulators(out + column);
+      for (int row = 0; row < kRows; ++row) add_product(&sum, weights[row], widened(rows[row] + column));
+      store_accumulators(out + column, sum);
+    }
+    if (const std::int64_t rest = columns - column; rest > 0) {
+      AccumulatorTail sums(out + column, is_first ? 0 : rest);
+      Wide sum = load_accumulators(sums.values);
+      for (int row = 0; row < kRows; ++row) {
+        add_product(&sum, weights[row], widened(Tail(rows[row] + column, rest).elements));
+      }
+      store_accumulators(sums.values, sum);
+      __builtin_memcpy(out + column, sums.values, rest * sizeof(Accumulator));
+    }
+  }
+
+  static void weighted_sum(const void* const* row_pointers, const void* weight_pointer, std::int64_t num_rows,
+                           std::int64_t columns, const void* divisor, void* out_pointer) {
+    const Accumulator* weights = static_cast<const Accumulator*>(weight_pointer);
+    Accumulator* out = static_cast<Accumulator*>(out_pointer);
+    const Lane* const* rows = reinterpret_cast<const Lane* const*>(row_pointers);
+    std::int64_t row = 0;
+    for (; row + kSweepRows <= num_rows; row += kSweepRows) {
+      sweep<kSweepRows>(rows + row, weights + row, columns, row == 0, out);
+    }
+    const std::int64_t rest = num_rows - row;
+    if (rest & 4) sweep<4>(rows + row, weights + row, columns, row == 0, out), row += 4;
+    if (rest & 2) sweep<2>(rows + row, weights + row, columns, row == 0, out), row += 2;
+    if (rest & 1) sweep<1>(rows + row, weights + row, columns, row == 0, out);
+    if (num_rows == 0) {
+      for (std::int64_t column = 0; column < columns; ++column) out[column] = 0;
+    }
+    if (divisor != nullptr) {
+      const Accumulator by = *static_cast<const Accumulator*>(divisor);
+      for (std::int64_t column = 0; column < columns; ++column) out[column] /= by;
+    }
+  }
+
+  static void accumulate(const void* total_pointer, const void* update_pointer, const void* weight_pointer,
+                         std::int64_t columns, void* out_pointer) {
+    const Accumulator* total = static_cast<const Accumulator*>(total_pointer);
+    const Lane* update = static_cast<const Lane*>(update_pointer);
+    const Accumulator weight = *static_cast<const Accumulator*>(weight_pointer);
+    Accumulator* out = static_cast<Accumulator*>(out_pointer);
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) {
+      Wide sum = load_accumulators(total + column);
+      add_product(&sum, weight, widened(update + column));
+      store_accumulators(out + column, sum);
+    }
+    if (const std::int64_t rest = columns - column; rest > 0) {
+      AccumulatorTail sums(total + column, rest);
+      Wide sum = load_accumulators(sums.values);
+      add_product(&sum, weight, widened(Tail(update + column, rest).elements));
+      store_accumulators(sums.values, sum);
+      __builtin_memcpy(out + column, sums.values, rest * sizeof(Accumulator));
+    }
+  }
+
+  // Four running sums a part hide the latency of an addition.
+  struct DoubleSums {
+    static constexpr int kChains = 4;
+    static constexpr int kHalves = sizeof(double) / sizeof(Accumulator);
+    Vector<double> sums[kChains][kParts][kHalves] = {};
+
+    FEDFUSE_INLINE void add(int chain, const Wide& a, const Wide& b) {
+      for (int part = 0; part < kParts; ++part) {
+        if constexpr (kHalves == 1) {
+          sums[chain][part][0] += a.parts[part] * b.parts[part];
+        } else {
+          for (int half = 0; half < kHalves; ++half) {
+            sums[chain][part][half] += doubles(a.parts[part], half) * doubles(b.parts[part], half);
+          }
+        }
+      }
+    }
+
+    static FEDFUSE_INLINE Vector<double> doubles(Vector<Accumulator> floats, int half) {
+      return __builtin_convertvector(half_of<Accumulator>(floats, half != 0), Vector<double>);
+    }
+
+    FEDFUSE_INLINE double total() const {
+      Vector<double> sum = {};
+      for (int chain = 0; chain < kChains; ++chain) {
+        for (int part = 0; part < kParts; ++part) {
+          for (int half = 0; half < kHalves; ++half) sum += sums[chain][part][half];
+        }
+      }
+      double result = 0;
+      for (int lane = 0; lane < kLanes<double>; ++lane) result += sum[lane];
+      return result;
+    }
+  };
+
+  // Calls product(column, tail) for every vector, and adds what it gives: a pair of widened vectors to multiply.
+  template <typename Whole, typename Rest>
+  static FEDFUSE_INLINE double sum_products(std::int64_t columns, Whole whole, Rest rest) {
+    DoubleSums sums;
+    std::int64_t column = 0;
+    for (; column + DoubleSums::kChains * kColumns <= columns; column += DoubleSums::kChains * kColumns) {
+      for (int chain = 0; chain < DoubleSums::kChains; ++chain) whole(&sums, chain, column + chain * kColumns);
+    }
+    for (; column + kColumns <= columns; column += kColumns) whole(&sums, 0, column);
+    if (column < columns) rest(&sums, column, columns - column);
+    return sums.total();
+  }
+
+  static double sum_of_squares(const void* row_pointer, std::int64_t columns) {
+    const Lane* row = static_cast<const Lane*>(row_pointer);
+    return sum_products(
+        columns,
+        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
+          const Wide values = widened(row + column);
+          sums->add(chain, values, values);
+        },
+        [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
+          const Wide values = widened(Tail(row + column, count).elements);
+          sums->add(0, values, values);
+        });
+  }
+
+  static double dot(const void* row_pointer, const void* others_pointer, std::int64_t columns) {
+    const Lane* row = static_cast<const Lane*>(row_pointer);
+    const Accumulator* others = static_cast<const Accumulator*>(others_pointer);
+    return sum_products(
+        columns,
+        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
+          sums->add(chain, widened(row + column), load_accumulators(others + column));
+        },
+        [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
+          sums->add(0, widened(Tail(row + column, count).elements),
+                    load_accumulators(AccumulatorTail(others + column, count).values));
+        });
+  }
+
+  static bool all_finite(const void* row_pointer, std::int64_t columns) {
+    const Lane* row = static_cast<const Lane*>(row_pointer);
+    // Infinities and NaNs are what has every bit of the exponent set.
+    const Vector<Lane> exponent = fill<Lane>(static_cast<Lane>(~Keys<type>::kNegativeInfinity));
+    Vector<Lane> found = {};
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) {
+      const Vector<Lane> bits = load<Lane>(row + column);
+      found |= (bits & exponent) == exponent;
+    }
+    if (column < columns) {
+      const Vector<Lane> bits = load<Lane>(Tail(row + column, columns - column).elements);
+      found |= (bits & exponent) == exponent;
+    }
+    return !any(found);
+  }
+
+  static constexpr LinearKernels kernels() { return {weighted_sum, accumulate, sum_of_squares, dot, all_finite}; }
+};
+
+}  // namespace
+
+extern const LinearKernels linear_float32 = Linear<Type::kFloat32>::kernels();
+extern const LinearKernels linear_float64 = Linear<Type::kFloat64>::kernels();
+extern const LinearKernels linear_bfloat16 = Linear<Type::kBFloat16>::kernels();
+extern const LinearKernels linear_float16 = Linear<Type::kFloat16>::kernels();
+
+}  // namespace FEDFUSE_ISA
+}  // namespace fedfuse

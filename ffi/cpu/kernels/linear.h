@@ -1,0 +1,46 @@
+// Sums over clients, and over the coordinates of one client, of a chunk of contiguous elements. Plain pointers in,
+// numbers out, on the calling thread.
+//
+// The accumulator type is double for float64 and float for the others. Every column is summed in the order of the
+// rows, with the same operations wherever in the chunk it stands.
+#ifndef FEDFUSE_CPU_KERNELS_LINEAR_H_
+#define FEDFUSE_CPU_KERNELS_LINEAR_H_
+
+#include <cstdint>
+
+namespace fedfuse {
+
+// Rows are aligned to their element only; weights, divisor, totals and `out` are of the accumulator type.
+struct LinearKernels {
+  // out[c] = sum over i of weights[i] * rows[i][c], divided by *divisor unless that is null. No rows give 0.
+  void (*weighted_sum)(const void* const* rows, const void* weights, std::int64_t num_rows, std::int64_t columns,
+                       const void* divisor, void* out);
+
+  // out[c] = total[c] + *weight * update[c]; out may be total.
+  void (*accumulate)(const void* total, const void* update, const void* weight, std::int64_t columns, void* out);
+
+  // The sum of the squares, and of the products with `others` (of the accumulator type), in float64.
+  double (*sum_of_squares)(const void* row, std::int64_t columns);
+  double (*dot)(const void* row, const void* others, std::int64_t columns);
+
+  bool (*all_finite)(const void* row, std::int64_t columns);
+};
+
+// One set for each instruction set that the build has; only call what the processor supports.
+#define FEDFUSE_DECLARE_LINEAR(isa)          \
+  namespace isa {                            \
+  extern const LinearKernels linear_float32;  \
+  extern const LinearKernels linear_float64;  \
+  extern const LinearKernels linear_bfloat16; \
+  extern const LinearKernels linear_float16;  \
+  }
+
+FEDFUSE_DECLARE_LINEAR(baseline)
+FEDFUSE_DECLARE_LINEAR(avx2)
+FEDFUSE_DECLARE_LINEAR(avx512)
+
+#undef FEDFUSE_DECLARE_LINEAR
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CPU_KERNELS_LINEAR_H_

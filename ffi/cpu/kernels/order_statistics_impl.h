@@ -1,0 +1,686 @@
+// The kernels of order_statistics.h for one element type. Up to some number of rows the kept values come from selection
+// networks, beyond it from radix selection.
+// For files compiled once per instruction set; see simd.h.
+#ifndef FEDFUSE_CPU_KERNELS_ORDER_STATISTICS_IMPL_H_
+#define FEDFUSE_CPU_KERNELS_ORDER_STATISTICS_IMPL_H_
+
+#include <cstdint>
+#include <new>
+#include <utility>
+
+#include "cpu/kernels/elements.h"
+#include "cpu/kernels/network_tile.h"
+#include "cpu/kernels/order_statistics.h"
+#include "cpu/kernels/radix_select.h"
+#include "cpu/kernels/simd.h"
+
+namespace fedfuse {
+namespace FEDFUSE_ISA {
+namespace {
+
+// Memory for a call, aligned to cache lines.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes)
+      : memory_(::operator new(bytes, std::align_val_t{kCacheLineBytes})) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t{kCacheLineBytes}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_;
+};
+
+template <typename Integer>
+FEDFUSE_INLINE Integer least(Integer a, Integer b) {
+  return a < b ? a : b;
+}
+
+// The least power of two that is not less, inverted.
+template <typename Real>
+Real inverse_power_of_two_above(std::int64_t count) {
+  Real inverse = 1;
+  for (std::int64_t power = 1; power < count; power *= 2) inverse *= Real{0.5};
+  return inverse;
+}
+
+template <typename Real>
+struct RealLimits;
+template <>
+struct RealLimits<float> {
+  static constexpr float kGreatest = __FLT_MAX__;
+};
+template <>
+struct RealLimits<double> {
+  static constexpr double kGreatest = __DBL_MAX__;
+};
+
+// The mean of values whose sum overflows, from their sum after scaling by a power of two. Infinities and NaN remain.
+template <typename Real>
+Real unscaled_mean(Real scaled_sum, Real scale, std::int64_t count) {
+  const Real limit = RealLimits<Real>::kGreatest * scale;
+  Real mean = scaled_sum / static_cast<Real>(count);
+  // Rounding may have carried it past what the greatest value scales to.
+  const bool finite = mean - mean == 0;
+  if (finite && mean > limit) mean = limit;
+  if (finite && mean < -limit) mean = -limit;
+  return mean / scale;
+}
+
+template <typename Real>
+bool is_finite(Real value) {
+  return value - value == 0;
+}
+
+template <Type type>
+struct OrderStatistics {
+  using Lane = typename Element<type>::Lane;
+  using Accumulator = typename Element<type>::Accumulator;
+  using Sum = Vector<Accumulator>;
+  using Layout = GroupLayout<Lane>;
+  static constexpr int kParts = Element<type>::kParts;
+  static constexpr int kElements = kLanes<Lane>;  // in a vector
+  static constexpr int kColumns = kTileColumns<Lane>;
+  static constexpr int kRows = kMaxNetworkRows<Lane>;
+  static constexpr int kGroup = kGroupColumns<Lane>;
+  static constexpr int kUnrolledMean = 20;  // values, as 32 rows trimmed by a fifth leave
+  static constexpr Lane kNegativeInfinity = Keys<type>::kNegativeInfinity;
+
+  // Copies `width` elements, the rest of the `room` as zeros; canonical: NaNs and zeros of one kind each.
+  template <bool kCanonical>
+  static FEDFUSE_INLINE void copy_row(const Lane* from, int width, int room, Lane* to) {
+    const auto convert = [](Vector<Lane> bits) __attribute__((always_inline)) {
+      return kCanonical ? canonical<Lane>(bits, fill<Lane>(kNegativeInfinity)) : bits;
+    };
+    if (width == room) {
+      for (int i = 0; i < room; i += kElements) store(to + i, convert(load<Lane>(from + i)));
+      return;
+    }
+    for (int i = 0; i < room; ++i) to[i] = 0;
+    __builtin_memcpy(to, from, width * sizeof(Lane));
+    for (int i = 0; i < room; i += kElements) store(to + i, convert(load<Lane>(to + i)));
+  }
+
+  // ---- Means of sorted keys -----------------------------------------------------------------------------------------
+
+  // Sums the values of `count` vectors of keys, in four interleaved partial sums.
+  template <bool kScaled>
+  static FEDFUSE_INLINE void sum_keys(const Lane* keys, int count, Accumulator scale, Sum* sums) {
+    Sum partial[4][kParts];
+    for (auto& sums_of_quarter : partial) {
+      for (Sum& sum : sums_of_quarter) sum = -Sum{};  // -0, to which adding -0 leaves -0
+    }
+    const auto add = [&](int index, Sum* to) __attribute__((always_inline)) {
+      Sum values[kParts];
+      Element<type>::widen(flipped<Lane>(load<Lane>(keys + index * kElements)), values);
+      for (int part = 0; part < kParts; ++part) {
+        to[part] += kScaled ? values[part] * scale : values[part];
+      }
+    };
+    int index = 0;
+    for (; index + 4 <= count; index += 4) {
+      for (int quarter = 0; quarter < 4; ++quarter) add(index + quarter, partial[quarter]);
+    }
+    for (int quarter = 0; quarter < 3; ++quarter) {
+      if (index + quarter < count) add(index + quarter, partial[quarter]);
+    }
+    for (int part = 0; part < kParts; ++part) {
+      sums[part] =
+          (partial[0][part] + partial[1][part]) + (partial[2][part] + partial[3][part]);
+    }
+  }
+
+  // For columns whose sum is not finite: because of a value, or because the sum overflowed.
+  static __attribute__((noinline)) void mend_means(const Lane* keys, int count, Accumulator* out) {
+    const Accumulator scale = inverse_power_of_two_above<Accumulator>(count);
+    Sum sums[kParts];
+    sum_keys<true>(keys, count, scale, sums);
+    for (int part = 0; part < kParts; ++part) {
+      for (int lane = 0; lane < kLanes<Accumulator>; ++lane) {
+        Accumulator* const mean = out + part * kLanes<Accumulator> + lane;
+        if (!is_finite(*mean)) *mean = unscaled_mean(sums[part][lane], scale, count);
+      }
+    }
+  }
+
+  // Stores the means of `count` vectors of keys. kCount is count, or 0 for any.
+  template <int kCount>
+  static void store_mean(const Lane* keys, int count, Accumulator* out) {
+    if constexpr (kCount != 0) count = kCount;
+    Sum sums[kParts];
+    if (count == 1) {
+      Element<type>::widen(flipped<Lane>(load<Lane>(keys)), sums);
+      for (int part = 0; part < kParts; ++part) store(out + part * kLanes<Accumulator>, sums[part]);
+      return;
+    }
+    sum_keys<false>(keys, count, 1, sums);
+    bool finite = true;
+    for (int part = 0; part < kParts; ++part) {
+      store(out + part * kLanes<Accumulator>, sums[part] / static_cast<Accumulator>(count));
+      finite &= !any(sums[part] - sums[part] != Sum{});
+    }
+    if (!finite) mend_means(keys, count, out);
+  }
+
+  using StoreMean = void (*)(const Lane* keys, int count, Accumulator* out);
+
+  template <int... kCounts>
+  static StoreMean find_store_mean(int count, std::integer_sequence<int, kCounts...>) {
+    static constexpr StoreMean kStoreMean[] = {store_mean<kCounts>...};
+    return kStoreMean[count < static_cast<int>(sizeof...(kCounts)) ? count : 0];
+  }
+
+  static void trimmed_mean_by_network(const void* const* rows, std::int64_t num_rows,
+                                      std::int64_t columns, std::int64_t trim, Accumulator* out) {
+    NetworkTile<Lane> tile(mean_network<Lane>(num_rows, trim), num_rows, kNegativeInfinity);
+    alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
+    const Lane* const kept = outputs + tile.output_of_rank(trim) * kElements;
+    const int count = static_cast<int>(num_rows - 2 * trim);
+    const StoreMean store_mean =
+        find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
+
+    // The last columns go the same way in a copy with room for a whole tile.
+    alignas(kCacheLineBytes) Lane copy[kRows * kColumns];
+    const void* copied_rows[kRows];
+    alignas(kCacheLineBytes) Accumulator means[kColumns];
+
+    for (std::int64_t column = 0; column < columns; column += kColumns) {
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
+      const bool whole = width == kColumns;
+      if (whole) {
+        tile.point_at(rows, column);
+        tile.fetch_after(rows, column);
+      } else {
+        for (int row = 0; row < num_rows; ++row) {
+          copied_rows[row] = copy + row * kColumns;
+          copy_row<false>(static_cast<const Lane*>(rows[row]) + column, width, kColumns,
+                          copy + row * kColumns);
+        }
+        tile.point_at(copied_rows, 0);
+      }
+      Accumulator* const to = whole ? out + column : means;
+      for (int vector = 0; vector * kElements < width; ++vector) {
+        tile.run(vector, outputs);
+        store_mean(kept, count, to + vector * kElements);
+      }
+      if (!whole) __builtin_memcpy(out + column, means, width * sizeof(Accumulator));
+    }
+  }
+
+  // ---- Means of many rows -------------------------------------------------------------------------------------------
+
+  // Fetches the next tile of the rows, a whole row of the tile at a time.
+  struct TileFetcher {
+    static constexpr int kGroupsOfTile = kColumns / kGroup;
+
+    TileFetcher(const void* const* rows, std::int64_t num_rows, std::int64_t column)
+        : rows_(rows),
+          num_rows_(num_rows),
+          next_bytes_((column / kColumns + 1) * kTileBytes),
+          first_((column / kGroup % kGroupsOfTile) *
+                 ((num_rows + kGroupsOfTile - 1) / kGroupsOfTile)) {}
+
+    FEDFUSE_INLINE void operator()(std::int64_t row) const {
+      if (row % kGroupsOfTile != 0) return;
+      const std::int64_t next = first_ + row / kGroupsOfTile;
+      if (next >= num_rows_) return;
+      for (int line = 0; line < kTileLines; ++line) {
+        fetch_to_l2(rows_[next], next_bytes_ + line * kCacheLineBytes);
+      }
+    }
+
+   private:
+    const void* const* rows_;
+    std::int64_t num_rows_;
+    std::int64_t next_bytes_;
+    std::int64_t first_;
+  };
+
+  // A copy of a group of columns of all rows. The bytes of columns past the last are zero.
+  struct GroupCopy {
+    explicit GroupCopy(std::int64_t num_rows)
+        : memory(static_cast<std::size_t>(num_rows) * (kGroup * sizeof(Lane) + sizeof(void*))),
+          values(memory.template as<Lane>()),
+          rows(reinterpret_cast<const void**>(values + num_rows * kGroup)) {
+      for (std::int64_t row = 0; row < num_rows; ++row) rows[row] = values + row * kGroup;
+    }
+
+    template <bool kCanonical>
+    void take(const void* const* from, std::int64_t num_rows, std::int64_t column,
+              std::int64_t columns) {
+      const TileFetcher fetch(from, num_rows, column);
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
+      for (std::int64_t row = 0; row < num_rows; ++row) {
+        fetch(row);
+        copy_row<kCanonical>(static_cast<const Lane*>(from[row]) + column, width, kGroup,
+                             values + row * kGroup);
+      }
+    }
+
+    Scratch memory;
+    Lane* values;
+    const void** rows;
+  };
+
+  // Sums the values of the rows of a group that lie strictly between two keys.
+  template <bool kScaled>
+  static void sum_between(const Lane* values, std::int64_t num_rows, const Lane* low,
+                          const Lane* high, Accumulator scale, Accumulator* sums) {
+    for (int vector = 0; vector < Layout::kVectors; ++vector) {
+      const Vector<Lane> lowest = load<Lane>(low + vector * kElements);
+      const Vector<Lane> highest = load<Lane>(high + vector * kElements);
+      Sum partial[4][kParts] = {};
+      const auto add = [&](std::int64_t row, Sum* to) __attribute__((always_inline)) {
+        const Vector<Lane> bits = load<Lane>(values + row * kGroup + vector * kElements);
+        const Vector<Lane> keys = value_keys<Lane>(bits, fill<Lane>(kNegativeInfinity));
+        const Vector<Lane> between = bits_as<Lane>((keys > lowest) & (keys < highest));
+        Sum terms[kParts];
+        Element<type>::widen(bits & between, terms);
+        for (int part = 0; part < kParts; ++part) {
+          to[part] += kScaled ? terms[part] * scale : terms[part];
+        }
+      };
+      std::int64_t row = 0;
+      for (; row + 4 <= num_rows; row += 4) {
+        for (int quarter = 0; quarter < 4; ++quarter) add(row + quarter, partial[quarter]);
+      }
+      for (int quarter = 0; quarter < 3; ++quarter) {
+        if (row + quarter < num_rows) add(row + quarter, partial[quarter]);
+      }
+      for (int part = 0; part < kParts; ++part) {
+        store(sums + vector * kElements + part * kLanes<Accumulator>,
+              (partial[0][part] + partial[1][part]) + (partial[2][part] + partial[3][part]));
+      }
+    }
+  }
+
+  static void values_of_keys(const Lane* keys, Accumulator* values) {
+    for (int vector = 0; vector < Layout::kVectors; ++vector) {
+      Sum parts[kParts];
+      Element<type>::widen(flipped<Lane>(load<Lane>(keys + vector * kElements)), parts);
+      for (int part = 0; part < kParts; ++part) {
+        store(values + vector * kElements + part * kLanes<Accumulator>, parts[part]);
+      }
+    }
+  }
+
+  static void trimmed_mean_by_radix(const void* const* rows, std::int64_t num_rows,
+                                    std::int64_t columns, std::int64_t trim, Accumulator* out) {
+    const std::int64_t count = num_rows - 2 * trim;
+    const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
+    BitPlanes<Lane> planes(num_rows, memory.as<Words>());
+    GroupCopy copy(num_rows);
+    RankedValues<Lane> low, high;
+    alignas(kVectorBytes) Accumulator low_values[kGroup], high_values[kGroup];
+    alignas(kVectorBytes) Accumulator sums[kGroup] = {};
+
+    for (std::int64_t column = 0; column < columns; column += kGroup) {
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
+      if (count > 2 || width < kGroup) {
+        copy.template take<false>(rows, num_rows, column, columns);
+        planes.fill_from(copy.rows, 0, kNegativeInfinity, [](std::int64_t) {});
+      } else {
+        planes.fill_from(rows, column, kNegativeInfinity, TileFetcher(rows, num_rows, column));
+      }
+      planes.select(trim, &low);
+      values_of_keys(low.key, low_values);
+      if (count == 1) {
+        __builtin_memcpy(out + column, low_values, width * sizeof(Accumulator));
+        continue;
+      }
+      planes.select(num_rows - 1 - trim, &high);
+      values_of_keys(high.key, high_values);
+      if (count > 2) sum_between<false>(copy.values, num_rows, low.key, high.key, 1, sums);
+
+      const auto total = [&](int i, Accumulator scale) {
+        const auto low_kept = static_cast<Accumulator>(low.below[i] + low.equal[i] - trim);
+        const auto high_kept = static_cast<Accumulator>(num_rows - trim - high.below[i]);
+        return sums[i] + low_kept * (low_values[i] * scale) + high_kept * (high_values[i] * scale);
+      };
+      bool finite = true;
+      for (int i = 0; i < width; ++i) {
+        const Accumulator mean = total(i, 1) / static_cast<Accumulator>(count);
+        // Of two NaNs a sum may give either.
+        const bool one = low.key[i] == high.key[i], is_nan = high_values[i] != high_values[i];
+        out[column + i] = one || is_nan ? high_values[i] : mean;
+        finite &= is_finite(out[column + i]);
+      }
+      if (finite) continue;
+      const Accumulator scale = inverse_power_of_two_above<Accumulator>(count);
+      if (count > 2) sum_between<true>(copy.values, num_rows, low.key, high.key, scale, sums);
+      for (int i = 0; i < width; ++i) {
+        const bool one = low.key[i] == high.key[i], is_nan = high_values[i] != high_values[i];
+        if (one || is_nan || is_finite(out[column + i])) continue;
+        out[column + i] = unscaled_mean(total(i, scale), scale, count);
+      }
+    }
+  }
+
+  // ---- Who is kept --------------------------------------------------------------------------------------------------
+
+  // What decides, in one vector of columns, who is kept: the keys of the least and the greatest kept value; of those who
+  // tie with the least, the first `skip` are not kept; of those who tie with the greatest, only the first `take` are.
+  struct Bounds {
+    Vector<Lane> low, high, skip, take;
+
+    // Takes canonical bits row by row; ones for the kept.
+    FEDFUSE_INLINE Vector<Lane> kept_of(Vector<Lane> bits) {
+      const Vector<Lane> keys = flipped<Lane>(bits);
+      const Vector<Lane> skipped = bits_as<Lane>((keys == low) & (skip > Vector<Lane>{}));
+      const Vector<Lane> taken = bits_as<Lane>((keys == high) & (take > Vector<Lane>{}));
+      skip += skipped;
+      take += taken;
+      return bits_as<Lane>((keys >= low) & ((keys < high) | taken)) & ~skipped;
+    }
+
+    // The same where all who tie are kept.
+    FEDFUSE_INLINE Vector<Lane> kept_without_ties(Vector<Lane> bits) const {
+      const Vector<Lane> keys = flipped<Lane>(bits);
+      return bits_as<Lane>((keys >= low) & (keys <= high));
+    }
+  };
+
+  // The rows of some columns of which it is known who is kept, and the place of those columns in the whole.
+  struct KeptRows {
+    const Lane* values;  // canonical bits, [row][room]
+    int room;
+    std::int64_t first_row;
+    std::int64_t num_rows;
+    std::int64_t column;
+    int width;
+    Bounds* bounds;  // of each vector
+    bool ties;       // whether some who tie with a bound are not kept
+
+    // Calls use(row, index, mask) for all rows and kVectors vectors of each.
+    template <int kVectors, typename Use>
+    FEDFUSE_INLINE void visit(int first_vector, Use use) const {
+      // Local, for the compiler to hold in registers.
+      Bounds local[kVectors];
+      for (int i = 0; i < kVectors; ++i) local[i] = bounds[first_vector + i];
+      const Lane* row_values = values + first_vector * kElements;
+      if (ties) {
+        for (std::int64_t row = 0; row < num_rows; ++row, row_values += room) {
+          for (int i = 0; i < kVectors; ++i) {
+            use(first_row + row, i, local[i].kept_of(load<Lane>(row_values + i * kElements)));
+          }
+        }
+        for (int i = 0; i < kVectors; ++i) bounds[first_vector + i] = local[i];
+      } else {
+        for (std::int64_t row = 0; row < num_rows; ++row, row_values += room) {
+          for (int i = 0; i < kVectors; ++i) {
+            use(first_row + row, i,
+                local[i].kept_without_ties(load<Lane>(row_values + i * kElements)));
+          }
+        }
+      }
+    }
+
+    // Has the consumer use whole tiles in one go, anything else vector by vector.
+    template <typename Consumer>
+    FEDFUSE_INLINE void give_to(Consumer& consumer) const {
+      if (width == kColumns) return consumer.template use<kTileVectors>(*this, 0);
+      for (int vector = 0; vector * kElements < width; ++vector) {
+        consumer.template use<1>(*this, vector);
+      }
+    }
+  };
+
+  // Adds up the kept tangents.
+  struct TangentSum {
+    const void* const* tangents;
+    std::int64_t count;
+    Accumulator* out;
+    Sum sums[kTileVectors][kParts];
+
+    void begin(std::int64_t, int) {
+      for (auto& parts : sums) {
+        for (Sum& sum : parts) sum = Sum{};
+      }
+    }
+
+    template <int kVectors>
+    void use(const KeptRows& kept, int first_vector) {
+      const std::int64_t column = kept.column + first_vector * kElements;
+      const int width = kept.width - first_vector * kElements;
+      Sum local[kVectors][kParts];
+      for (int i = 0; i < kVectors; ++i) {
+        for (int part = 0; part < kParts; ++part) local[i][part] = sums[first_vector + i][part];
+      }
+      const auto add = [&](std::int64_t row, int i, Vector<Lane> mask)
+                           __attribute__((always_inline)) {
+        const Lane* const from = static_cast<const Lane*>(tangents[row]) + column + i * kElements;
+        Sum terms[kParts];
+        Element<type>::widen(load_first(from, width - i * kElements) & mask, terms);
+        for (int part = 0; part < kParts; ++part) local[i][part] += terms[part];
+      };
+      kept.template visit<kVectors>(first_vector, add);
+      for (int i = 0; i < kVectors; ++i) {
+        for (int part = 0; part < kParts; ++part) sums[first_vector + i][part] = local[i][part];
+      }
+    }
+
+    void end(std::int64_t column, int width) {
+      alignas(kVectorBytes) Accumulator means[kColumns];
+      for (int vector = 0; vector < kTileVectors; ++vector) {
+        for (int part = 0; part < kParts; ++part) {
+          store(means + vector * kElements + part * kLanes<Accumulator>,
+                sums[vector][part] / static_cast<Accumulator>(count));
+        }
+      }
+      __builtin_memcpy(out + column, means, width * sizeof(Accumulator));
+    }
+  };
+
+  // Gives each kept client its share of the cotangent.
+  struct CotangentSpread {
+    const Accumulator* cotangent;
+    std::int64_t count;
+    void* const* out;
+    bool streams;
+    Vector<Lane> shares[kTileVectors];
+
+    void begin(std::int64_t column, int width) {
+      alignas(kVectorBytes) Accumulator values[kColumns] = {};
+      __builtin_memcpy(values, cotangent + column, width * sizeof(Accumulator));
+      for (int vector = 0; vector < kTileVectors; ++vector) {
+        Sum parts[kParts];
+        for (int part = 0; part < kParts; ++part) {
+          parts[part] = load<Accumulator>(values + vector * kElements + part * kLanes<Accumulator>) /
+                        static_cast<Accumulator>(count);
+        }
+        shares[vector] = Element<type>::narrow(parts);
+      }
+    }
+
+    template <int kVectors>
+    void use(const KeptRows& kept, int first_vector) {
+      const std::int64_t column = kept.column + first_vector * kElements;
+      const int width = kept.width - first_vector * kElements;
+      Vector<Lane> local[kVectors];
+      for (int i = 0; i < kVectors; ++i) local[i] = shares[first_vector + i];
+      const auto place = [&](std::int64_t row, int i) __attribute__((always_inline)) {
+        return static_cast<Lane*>(out[row]) + column + i * kElements;
+      };
+      // Streaming stores must fill whole lines one after the other.
+      if (streams && kVectors * kVectorBytes % kCacheLineBytes == 0 &&
+          width >= kVectors * kElements) {
+        kept.template visit<kVectors>(
+            first_vector, [&](std::int64_t row, int i, Vector<Lane> mask)
+                              __attribute__((always_inline)) { stream(place(row, i), local[i] & mask); });
+      } else {
+        kept.template visit<kVectors>(
+            first_vector,
+            [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
+              store_first(place(row, i), local[i] & mask, width - i * kElements);
+            });
+      }
+    }
+
+    void end(std::int64_t, int) {}
+  };
+
+  // The first `width` elements, or all; the rest zero.
+  static FEDFUSE_INLINE Vector<Lane> load_first(const Lane* from, int width) {
+    if (width >= kElements) return load<Lane>(from);
+    Vector<Lane> vector{};
+    __builtin_memcpy(&vector, from, width * sizeof(Lane));
+    return vector;
+  }
+
+  static FEDFUSE_INLINE void store_first(Lane* to, Vector<Lane> vector, int width) {
+    if (width >= kElements) return store(to, vector);
+    __builtin_memcpy(to, &vector, width * sizeof(Lane));
+  }
+
+  template <typename Consumer>
+  static void select_by_network(const void* const* rows, std::int64_t num_rows,
+                                std::int64_t columns, std::int64_t trim, Consumer& consumer) {
+    NetworkTile<Lane> tile(sort_network<Lane>(num_rows), num_rows, kNegativeInfinity);
+    alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
+    const Lane* const sorted = outputs + tile.output_of_rank(0) * kElements;
+
+    alignas(kCacheLineBytes) Lane copy[kRows * kColumns];
+    const void* copied_rows[kRows];
+    for (int row = 0; row < num_rows; ++row) copied_rows[row] = copy + row * kColumns;
+    tile.point_at(copied_rows, 0);
+
+    Bounds bounds[kTileVectors];
+    for (std::int64_t column = 0; column < columns; column += kColumns) {
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
+      for (int row = 0; row < num_rows; ++row) {
+        copy_row<true>(static_cast<const Lane*>(rows[row]) + column, width, kColumns,
+                       copy + row * kColumns);
+      }
+      tile.fetch_after(rows, column);
+      bool ties = false;
+      for (int vector = 0; vector * kElements < width; ++vector) {
+        tile.run(vector, outputs);
+        ties |= find_bounds(sorted, static_cast<int>(num_rows), static_cast<int>(trim),
+                            &bounds[vector]);
+      }
+      consumer.begin(column, width);
+      KeptRows{copy, kColumns, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
+      consumer.end(column, width);
+    }
+  }
+
+  // From all keys in order. Returns whether some who tie with a bound are not kept.
+  static FEDFUSE_INLINE bool find_bounds(const Lane* sorted, int num_rows, int trim,
+                                         Bounds* bounds) {
+    const auto key_of_rank = [&](int rank) __attribute__((always_inline)) {
+      return load<Lane>(sorted + rank * kElements);
+    };
+    const int last = num_rows - 1 - trim;
+    const Vector<Lane> low = key_of_rank(trim), high = key_of_rank(last);
+    // Without ties all who equal the bounds are kept.
+    *bounds = {low, high, Vector<Lane>{}, fill<Lane>(kGreatestKey<Lane>)};
+    if (trim == 0 || !any((key_of_rank(trim - 1) == low) | (key_of_rank(last + 1) == high))) {
+      return false;
+    }
+    Vector<Lane> skip{}, take{};
+    for (int rank = 0; rank < trim; ++rank) skip -= bits_as<Lane>(key_of_rank(rank) == low);
+    for (int rank = 0; rank <= last; ++rank) take -= bits_as<Lane>(key_of_rank(rank) == high);
+    bounds->skip = skip;
+    bounds->take = take;
+    return true;
+  }
+
+  template <typename Consumer>
+  static void select_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
+                              std::int64_t trim, Consumer& consumer) {
+    const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
+    BitPlanes<Lane> planes(num_rows, memory.as<Words>());
+    GroupCopy copy(num_rows);
+    RankedValues<Lane> low, high;
+    alignas(kVectorBytes) Lane skip[kGroup], take[kGroup];
+    Bounds bounds[Layout::kVectors];
+
+    for (std::int64_t column = 0; column < columns; column += kGroup) {
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
+      copy.template take<true>(rows, num_rows, column, columns);
+      planes.fill_from(copy.rows, 0, kNegativeInfinity, [](std::int64_t) {});
+      planes.select(trim, &low);
+      planes.select(num_rows - 1 - trim, &high);
+      std::int64_t to_skip[kGroup], to_take[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        to_skip[i] = trim - low.below[i];
+        to_take[i] = num_rows - trim - high.below[i];
+      }
+
+      consumer.begin(column, width);
+      // As many rows at a time as 16-bit lanes can count.
+      constexpr std::int64_t kAtATime = 16384;
+      for (std::int64_t first = 0; first < num_rows; first += kAtATime) {
+        for (int i = 0; i < kGroup; ++i) {
+          skip[i] = static_cast<Lane>(least(to_skip[i], kAtATime));
+          take[i] = static_cast<Lane>(least(to_take[i], kAtATime));
+        }
+        for (int vector = 0; vector < Layout::kVectors; ++vector) {
+          const int at = vector * kElements;
+          bounds[vector] = {load<Lane>(low.key + at), load<Lane>(high.key + at),
+                            load<Lane>(skip + at), load<Lane>(take + at)};
+        }
+        KeptRows{copy.values + first * kGroup, kGroup, first, least(num_rows - first, kAtATime),
+                 column, width, bounds, true}
+            .give_to(consumer);
+        for (int i = 0; i < kGroup; ++i) {
+          const Bounds& left = bounds[i / kElements];
+          to_skip[i] -= skip[i] - left.skip[i % kElements];
+          to_take[i] -= take[i] - left.take[i % kElements];
+        }
+      }
+      consumer.end(column, width);
+    }
+  }
+
+  // ---- The kernels --------------------------------------------------------------------------------------------------
+
+  static void trimmed_mean(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
+                           std::int64_t trim, void* out) {
+    const auto by = num_rows <= kRows ? trimmed_mean_by_network : trimmed_mean_by_radix;
+    by(rows, num_rows, columns, trim, static_cast<Accumulator*>(out));
+  }
+
+  static void selected_mean(const void* const* rows, const void* const* tangents,
+                            std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                            void* out) {
+    TangentSum consumer{tangents, num_rows - 2 * trim, static_cast<Accumulator*>(out), {}};
+    const auto by =
+        num_rows <= kRows ? select_by_network<TangentSum> : select_by_radix<TangentSum>;
+    by(rows, num_rows, columns, trim, consumer);
+  }
+
+  static void spread(const void* const* rows, const void* cotangent, std::int64_t num_rows,
+                     std::int64_t columns, std::int64_t trim, void* const* out) {
+    CotangentSpread consumer{static_cast<const Accumulator*>(cotangent), num_rows - 2 * trim, out,
+                             should_stream(out, num_rows), {}};
+    const auto by =
+        num_rows <= kRows ? select_by_network<CotangentSpread> : select_by_radix<CotangentSpread>;
+    by(rows, num_rows, columns, trim, consumer);
+    if (consumer.streams) stream_fence();
+  }
+
+  // Output too large for the caches had better not pass through them, if its alignment allows.
+  static bool should_stream(void* const* out, std::int64_t num_rows) {
+    constexpr std::uintptr_t kLargeBytes = std::uintptr_t{8} << 20;
+    const auto address = [&](std::int64_t row) { return reinterpret_cast<std::uintptr_t>(out[row]); };
+    if (address(num_rows - 1) - address(0) < kLargeBytes) return false;
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      if (address(row) % kCacheLineBytes != 0) return false;
+    }
+    return true;
+  }
+
+  static constexpr OrderStatisticKernels kKernels = {trimmed_mean, selected_mean, spread};
+};
+
+}  // namespace
+}  // namespace FEDFUSE_ISA
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CPU_KERNELS_ORDER_STATISTICS_IMPL_H_

@@ -1,0 +1,72 @@
+#include <vector>
+
+#include "cpu/convert.h"
+#include "cpu/isa.h"
+#include "cpu/operations.h"
+#include "cpu/tiles.h"
+
+namespace fedfuse {
+namespace {
+
+// Columns whose accumulators stay in the first-level cache while the rows go by.
+constexpr std::int64_t kColumns = 4096;
+
+// The weights of the clients that take part, as a leaf with this accumulator wants them.
+template <typename Accumulator>
+void gather_weights(const WeightedSumProblem& problem, std::int64_t batch, std::vector<Accumulator>* weights) {
+  const Shape& shape = problem.shape;
+  const std::byte* from = problem.weights.at(shape.batch, batch);
+  const bool* present =
+      problem.where.present() ? reinterpret_cast<const bool*>(problem.where.at(shape.batch, batch)) : nullptr;
+  weights->clear();
+  for (std::int64_t client = 0; client < shape.clients; ++client) {
+    if (present != nullptr && !present[client]) continue;
+    weights->push_back(problem.weights.type == Type::kFloat64
+                           ? static_cast<Accumulator>(reinterpret_cast<const double*>(from)[client])
+                           : static_cast<Accumulator>(reinterpret_cast<const float*>(from)[client]));
+  }
+}
+
+template <typename Accumulator>
+void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
+  thread_local std::vector<void*> rows;
+  thread_local std::vector<Accumulator> weights;
+  thread_local std::vector<Accumulator> sums;
+  const View& updates = problem.updates[tile.leaf];
+  const View& reduced = problem.reduced[tile.leaf];
+  gather_rows(updates, problem.where, problem.shape, tile, &rows);
+  gather_weights(problem, tile.batch, &weights);
+  Accumulator total = 0;
+  for (Accumulator weight : weights) total += weight;
+
+  const Type accumulator = accumulator_of(updates.type);
+  void* result = tile_data(reduced, problem.shape, tile);
+  void* out = result;
+  if (reduced.type != accumulator) {
+    sums.resize(kColumns);
+    out = sums.data();
+  }
+  linear_kernels(updates.type)
+      .weighted_sum(rows.data(), weights.data(), rows.size(), tile.columns, problem.divide ? &total : nullptr, out);
+  if (out != result) convert(accumulator, out, reduced.type, result, tile.columns);
+}
+
+}  // namespace
+
+Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
+  const Tiles tiles(problem->shape, kColumns);
+  Work work;
+  work.tasks = tiles.count();
+  work.cost = stacked_bytes(problem->shape, problem->updates);
+  work.run = [problem, tiles](std::int64_t task) {
+    const Tile tile = tiles[task];
+    if (problem->updates[tile.leaf].type == Type::kFloat64) {
+      run_tile<double>(*problem, tile);
+    } else {
+      run_tile<float>(*problem, tile);
+    }
+  };
+  return work;
+}
+
+}  // namespace fedfuse

@@ -1,0 +1,26 @@
+// The CPU's side of every operation: a problem in, work out.
+#ifndef FEDFUSE_CPU_OPERATIONS_H_
+#define FEDFUSE_CPU_OPERATIONS_H_
+
+#include <memory>
+
+#include "contract/linear.h"
+#include "contract/order_statistics.h"
+#include "contract/reductions.h"
+#include "contract/streaming.h"
+#include "cpu/work.h"
+
+namespace fedfuse {
+
+Work cut(std::shared_ptr<const WeightedSumProblem> problem);
+Work cut(std::shared_ptr<const TrimmedMeanProblem> problem);
+Work cut(std::shared_ptr<const SelectedMeanProblem> problem);
+Work cut(std::shared_ptr<const SpreadProblem> problem);
+Work cut(std::shared_ptr<const ClientDotsProblem> problem);
+Work cut(std::shared_ptr<const FiniteClientsProblem> problem);
+Work cut(std::shared_ptr<const AccumulateProblem> problem);
+Work cut(std::shared_ptr<const StackProblem> problem);
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CPU_OPERATIONS_H_

@@ -1,0 +1,125 @@
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/convert.h"
+#include "cpu/isa.h"
+#include "cpu/operations.h"
+#include "cpu/tiles.h"
+
+namespace fedfuse {
+namespace {
+
+constexpr std::int64_t kColumns = 2048;
+
+// What sorting costs, in passes over the updates, when it comes to whether a second thread pays.
+constexpr std::int64_t kPasses = 4;
+
+// Memory for one tile's worth of accumulators, one a thread.
+std::byte* scratch() {
+  thread_local std::vector<double> values(kColumns);
+  return reinterpret_cast<std::byte*>(values.data());
+}
+
+// k for an element of the batch, or -1 if it leaves nobody of the rows.
+std::int64_t trim_of(const Trim& trim, const Shape& shape, std::int64_t batch, std::size_t num_rows) {
+  std::int64_t k = trim.attribute;
+  if (trim.count.present()) {
+    std::int32_t count;
+    std::memcpy(&count, trim.count.at(shape.batch, batch), sizeof count);
+    k = count;
+  }
+  return k >= 0 && 2 * k < static_cast<std::int64_t>(num_rows) ? k : -1;
+}
+
+void fill_nan(Type accumulator, std::int64_t columns, void* out) {
+  if (accumulator == Type::kFloat64) {
+    std::fill_n(static_cast<double*>(out), columns, std::numeric_limits<double>::quiet_NaN());
+  } else {
+    std::fill_n(static_cast<float*>(out), columns, std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
+// One tile of a reduction to a mean of what is kept; `reduce(kernels, rows, trim, out)` is the kernel to call.
+template <typename Problem, typename Reduce>
+void reduce_tile(const Problem& problem, const Tile& tile, Reduce reduce) {
+  thread_local std::vector<void*> rows;
+  const View& updates = problem.updates[tile.leaf];
+  const View& reduced = problem.reduced[tile.leaf];
+  gather_rows(updates, problem.trim.where, problem.shape, tile, &rows);
+  const std::int64_t trim = trim_of(problem.trim, problem.shape, tile.batch, rows.size());
+
+  const Type accumulator = accumulator_of(updates.type);
+  void* result = tile_data(reduced, problem.shape, tile);
+  void* out = reduced.type == accumulator ? result : scratch();
+  if (trim < 0) {
+    fill_nan(accumulator, tile.columns, out);
+  } else {
+    reduce(order_statistic_kernels(updates.type), rows, trim, out);
+  }
+  if (out != result) convert(accumulator, out, reduced.type, result, tile.columns);
+}
+
+void spread_tile(const SpreadProblem& problem, const Tile& tile) {
+  thread_local std::vector<void*> rows;
+  thread_local std::vector<void*> kept;
+  const Shape& shape = problem.shape;
+  const View& updates = problem.updates[tile.leaf];
+  const View& cotangents = problem.cotangents[tile.leaf];
+  const View& spread = problem.spread[tile.leaf];
+  gather_rows(updates, problem.trim.where, shape, tile, &rows);
+  const std::int64_t trim = trim_of(problem.trim, shape, tile.batch, rows.size());
+
+  const std::int64_t bytes = tile.columns * bytes_of(spread.type);
+  if (trim < 0 || rows.size() < static_cast<std::size_t>(shape.clients)) {
+    // The kernel writes the rows of those who take part; the others' gradient is exactly 0.
+    gather_rows(spread, View(), shape, tile, &kept);
+    for (void* row : kept) std::memset(row, 0, bytes);
+  }
+  if (trim < 0) return;
+  gather_rows(spread, problem.trim.where, shape, tile, &kept);
+  const Type accumulator = accumulator_of(updates.type);
+  const void* cotangent = tile_data(cotangents, shape, tile);
+  if (cotangents.type != accumulator) {
+    convert(cotangents.type, cotangent, accumulator, scratch(), tile.columns);
+    cotangent = scratch();
+  }
+  order_statistic_kernels(updates.type)
+      .spread(rows.data(), cotangent, rows.size(), tile.columns, trim, kept.data());
+}
+
+template <typename Problem, typename RunTile>
+Work cut_tiles(std::shared_ptr<const Problem> problem, RunTile run_tile) {
+  const Tiles tiles(problem->shape, kColumns);
+  Work work;
+  work.tasks = tiles.count();
+  work.cost = kPasses * stacked_bytes(problem->shape, problem->updates);
+  work.run = [problem, tiles, run_tile](std::int64_t task) { run_tile(*problem, tiles[task]); };
+  return work;
+}
+
+}  // namespace
+
+Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
+  return cut_tiles(problem, [](const TrimmedMeanProblem& problem, const Tile& tile) {
+    reduce_tile(problem, tile,
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
+                  kernels.trimmed_mean(rows.data(), rows.size(), tile.columns, trim, out);
+                });
+  });
+}
+
+Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
+  return cut_tiles(problem, [](const SelectedMeanProblem& problem, const Tile& tile) {
+    thread_local std::vector<void*> values;
+    gather_rows(problem.values[tile.leaf], problem.trim.where, problem.shape, tile, &values);
+    reduce_tile(problem, tile,
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
+                  kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, trim, out);
+                });
+  });
+}
+
+Work cut(std::shared_ptr<const SpreadProblem> problem) { return cut_tiles(problem, spread_tile); }
+
+}  // namespace fedfuse

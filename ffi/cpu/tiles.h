@@ -1,0 +1,78 @@
+// The one loop over batch, leaves and chunks of coordinates that the coordinate-wise operations share.
+#ifndef FEDFUSE_CPU_TILES_H_
+#define FEDFUSE_CPU_TILES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "contract/buffers.h"
+
+namespace fedfuse {
+
+// A chunk of the coordinates of one leaf, in one element of the batch.
+struct Tile {
+  std::int64_t batch;
+  std::int64_t leaf;
+  std::int64_t begin;
+  std::int64_t columns;
+};
+
+class Tiles {
+ public:
+  Tiles(const Shape& shape, std::int64_t chunk) : coordinates_(shape.coordinates), chunk_(chunk) {
+    first_tile_.push_back(0);
+    for (std::int64_t coordinates : coordinates_) {
+      first_tile_.push_back(first_tile_.back() + (coordinates + chunk - 1) / chunk);
+    }
+    count_ = shape.batch.count * first_tile_.back();
+  }
+
+  std::int64_t count() const { return count_; }
+
+  Tile operator[](std::int64_t index) const {
+    const std::int64_t per_batch = first_tile_.back();
+    const std::int64_t within = index % per_batch;
+    const auto next_leaf = std::upper_bound(first_tile_.begin(), first_tile_.end(), within);
+    const std::int64_t leaf = next_leaf - first_tile_.begin() - 1;
+    const std::int64_t begin = (within - first_tile_[leaf]) * chunk_;
+    return {index / per_batch, leaf, begin, std::min(chunk_, coordinates_[leaf] - begin)};
+  }
+
+ private:
+  std::vector<std::int64_t> coordinates_;
+  std::vector<std::int64_t> first_tile_;  // of each leaf, and one past the last
+  std::int64_t chunk_;
+  std::int64_t count_;
+};
+
+// Where a tile of a view without a client axis begins.
+inline std::byte* tile_data(const View& view, const Shape& shape, const Tile& tile) {
+  return view.at(shape.batch, tile.batch) + tile.begin * bytes_of(view.type);
+}
+
+// Where the tile begins in the rows of a client-stacked view, for the clients that take part (all, without `where`).
+inline void gather_rows(const View& view, const View& where, const Shape& shape, const Tile& tile,
+                        std::vector<void*>* rows) {
+  const bool* present =
+      where.present() ? reinterpret_cast<const bool*>(where.at(shape.batch, tile.batch)) : nullptr;
+  std::byte* row = tile_data(view, shape, tile);
+  const std::int64_t stride = shape.coordinates[tile.leaf] * bytes_of(view.type);
+  rows->clear();
+  for (std::int64_t client = 0; client < shape.clients; ++client, row += stride) {
+    if (present == nullptr || present[client]) rows->push_back(row);
+  }
+}
+
+// Bytes of all the updates, for Work::cost.
+inline std::int64_t stacked_bytes(const Shape& shape, const std::vector<View>& leaves) {
+  std::int64_t bytes = 0;
+  for (std::size_t leaf = 0; leaf < leaves.size(); ++leaf) {
+    bytes += shape.batch.count * shape.clients * shape.coordinates[leaf] * bytes_of(leaves[leaf].type);
+  }
+  return bytes;
+}
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CPU_TILES_H_
