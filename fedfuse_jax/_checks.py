@@ -127,7 +127,7 @@ def result_dtypes(operation: str, arrays: Sequence[Array], out_dtype: Any) -> tu
         return tuple(reference.accumulator_dtype(array.dtype).name for array in arrays)
     try:
         dtype = jax.dtypes.canonicalize_dtype(out_dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{operation}: out_dtype is {out_dtype!r}; it needs one of {FLOAT_DTYPES}.") from error
     if dtype.name not in FLOAT_DTYPES:
         raise TypeError(f"{operation}: out_dtype is {dtype.name}; it needs one of {FLOAT_DTYPES}.")

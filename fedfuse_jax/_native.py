@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -47,14 +49,35 @@ def runtime_ffi_version() -> tuple[int, int] | None:
     return None if None in found else tuple(int(match[1]) for match in found)  # type: ignore[index,return-value]
 
 
+def _import_compiled(name: str) -> ModuleType | None:
+    """The compiled module, from beside this file or, in a source checkout, from what is installed."""
+    if importlib.util.find_spec(name) is not None:
+        return importlib.import_module(name)
+    # Python puts the current folder first on its path: in a checkout, this package is the sources, which hold no
+    # compiled modules, although `pip install .` has put some where the sources hide them.
+    try:
+        installed = importlib.metadata.distribution("fedfuse-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    stem = name.rpartition(".")[2]
+    for file in installed.files or ():
+        if file.parent.name == "fedfuse_jax" and file.name.startswith(f"{stem}.") and file.suffix == ".so":
+            spec = importlib.util.spec_from_file_location(name, str(file.locate()))
+            if spec is not None and spec.loader is not None:
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return module
+    return None
+
+
 @functools.cache
 def load(platform: str) -> Kernels:
     """Imports the platform's module and registers its handlers with XLA, once."""
     name = MODULES[platform]
     try:
-        if importlib.util.find_spec(name) is None:
+        module = _import_compiled(name)
+        if module is None:
             return Kernels(reason=f"not built: {name} is not installed")
-        module = importlib.import_module(name)
     except ImportError as error:
         return Kernels(reason=f"{name} does not load: {error}")
     isa = os.environ.get(ISA_VARIABLE, "").strip()

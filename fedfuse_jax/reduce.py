@@ -396,40 +396,57 @@ def _linear_transpose(call: BoundCall, cotangents: list[Array], operands: Operan
         dots_of = {"updates": operands["updates"], "others": cotangents, "where": where}
         (dots,) = call.bind(CLIENT_DOTS, dots_of, (weights.aval.dtype.name,), shared=True)
         return {"weights": dots}
-    scale = _masked(weights, where)
+    scale = weights
     if call.layout.attribute("divide"):
-        scale = scale / scale.sum(-1, keepdims=True)
-    return {
-        "updates": [
-            _outer_product(call, scale, where, cotangent, leaf.aval) if ad.is_undefined_primal(leaf) else None
-            for cotangent, leaf in zip(cotangents, operands["updates"], strict=True)
-        ]
-    }
+        scale = weights / _masked(weights, where).sum(-1, keepdims=True)
+    return {"updates": _spread(call, scale, where, cotangents, operands["updates"])}
 
 
-def _outer_product(call: BoundCall, scale: Array, where: Array | None, cotangent: Array, aval: Any) -> Array:
-    """``scaleᵢ · cotangent`` for every client, in the leaf's dtype; exactly 0 where a client is absent."""
-    dtype = reference.accumulator_dtype(aval.dtype)
-    scale, cotangent = scale.astype(dtype), cotangent.astype(dtype)
-    batch = range(call.batch_dims)
-    summed = [i for i in batch if aval.shape[i] == 1 and scale.shape[i] != 1 and cotangent.shape[i] != 1]
-    if not summed:
-        product = call.per_client(scale, aval.ndim) * call.over_clients(cotangent)
-        if where is not None:
-            product = jnp.where(call.per_client(where, aval.ndim), product, 0)
-        return product.astype(aval.dtype)
-    # The leaf was shared along a batch axis: contract over it rather than make the batch of outer products.
-    num_parameters = cotangent.ndim - call.batch_dims
-    parameters = [call.batch_dims + 1 + i for i in range(num_parameters)]
+def _spread(
+    call: BoundCall, scale: Array, where: Array | None, cotangents: list[Array], leaves: list[Any]
+) -> list[Array | None]:
+    """``scaleᵢ · cotangent`` for every client of the leaves whose cotangent is asked for."""
+    out: list[Array | None] = [None] * len(leaves)
+    apart: list[int] = []
+    for leaf, (cotangent, primal) in enumerate(zip(cotangents, leaves, strict=True)):
+        if not ad.is_undefined_primal(primal):
+            continue
+        shape, batch = primal.aval.shape, range(call.batch_dims)
+        summed = [i for i in batch if shape[i] == 1 and scale.shape[i] != 1 and cotangent.shape[i] != 1]
+        if summed:
+            out[leaf] = _contracted_product(call, scale, where, cotangent, summed, primal.aval.dtype)
+        else:
+            apart.append(leaf)
+    if apart:
+        operands = {"weights": scale, "cotangents": [cotangents[leaf] for leaf in apart], "where": where}
+        dtypes = [leaves[leaf].aval.dtype.name for leaf in apart]
+        for leaf, spread in zip(apart, call.bind(WEIGHTED_SPREAD, operands, dtypes), strict=True):
+            out[leaf] = spread
+    return out
+
+
+def _contracted_product(
+    call: BoundCall, scale: Array, where: Array | None, cotangent: Array, summed: list[int], dtype: Any
+) -> Array:
+    """The same for a leaf that batch axes share: contracting over them never makes the batch of products."""
+    accumulator = reference.accumulator_dtype(dtype)
+    scale = _masked(scale, where).astype(accumulator)
+    batch, clients = range(call.batch_dims), call.batch_dims
+    parameters = [clients + 1 + i for i in range(cotangent.ndim - clients)]
     product = jnp.einsum(
         scale,
-        [*batch, call.batch_dims],
-        cotangent,
+        [*batch, clients],
+        cotangent.astype(accumulator),
         [*batch, *parameters],
-        [*(i for i in batch if i not in summed), call.batch_dims, *parameters],
+        [*(i for i in batch if i not in summed), clients, *parameters],
         precision=lax.Precision.HIGHEST,
     )
-    return jnp.expand_dims(product, summed).astype(aval.dtype)
+    product = jnp.expand_dims(product, summed)
+    if where is not None:
+        # Not even a NaN cotangent may reach a client that is absent from all of the batch.
+        present = jnp.any(where, axis=[i for i in summed if where.shape[i] != 1], keepdims=True)
+        product = jnp.where(call.per_client(present, product.ndim), product, 0)
+    return product.astype(dtype)
 
 
 def _linear_partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
@@ -465,6 +482,51 @@ def _linear(name: str) -> Operation:
 
 WEIGHTED_SUM = _linear("weighted_sum")
 WEIGHTED_MEAN = _linear("weighted_mean")
+
+
+def _spread_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
+    layout, where = call.layout, primals["where"]
+    out: list[Array | None] = [None] * layout.num_leaves
+    leaves = _with_tangents(tangents["cotangents"])
+    if leaves:
+        chosen = [tangents["cotangents"][leaf] for leaf in leaves]
+        operands = {"weights": primals["weights"], "cotangents": chosen, "where": where}
+        dtypes = [layout.out_dtypes[leaf] for leaf in leaves]
+        for leaf, value in zip(leaves, call.bind(WEIGHTED_SPREAD, operands, dtypes), strict=True):
+            out[leaf] = value
+    if tangents["weights"] is not None:
+        operands = {"weights": tangents["weights"], "cotangents": primals["cotangents"], "where": where}
+        values = call.bind(WEIGHTED_SPREAD, operands, layout.out_dtypes)
+        out = [value if known is None else known + value for known, value in zip(out, values, strict=True)]
+    return out
+
+
+def _spread_transpose(call: BoundCall, cotangents: list[Array], operands: Operands) -> Operands:
+    weights, where, inner = operands["weights"], operands["where"], operands["cotangents"]
+    if ad.is_undefined_primal(weights):
+        dots_of = {"updates": cotangents, "others": inner, "where": where}
+        return {"weights": call.bind(CLIENT_DOTS, dots_of, (weights.aval.dtype.name,), shared=True)[0]}
+    dtypes = [x.aval.dtype.name for x in inner]
+    summed = {"updates": cotangents, "weights": weights, "where": where}
+    return {"cotangents": call.bind(WEIGHTED_SUM, summed, dtypes, divide=False)}
+
+
+def _spread_definition(*, weights: Any, cotangents: Any, where: Any, out_dtypes: Any) -> list[Array]:
+    return reference.weighted_spread(weights, cotangents, where=where, dtypes=out_dtypes)
+
+
+WEIGHTED_SPREAD = Operation(
+    "weighted_spread",
+    operands=(
+        Operand("weights", ("clients",)),
+        Operand("cotangents", per_leaf=True),
+        Operand("where", ("clients",), optional=True),
+    ),
+    results=(Operand("spread", ("clients",), per_leaf=True),),
+    definition=_spread_definition,
+    jvp=_spread_jvp,
+    transpose=_spread_transpose,
+)
 
 
 # --- Norms and dots ---------------------------------------------------------------------------------------------

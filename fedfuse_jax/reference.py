@@ -12,6 +12,7 @@ by zero, so its NaNs go nowhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,22 @@ def weighted_sum(updates: PyTree, weights: Array, *, where: Array | None = None,
         return jnp.sum(terms, axis=0).astype(_result_dtype(leaf, out_dtype))
 
     return jax.tree.map(reduce_leaf, updates)
+
+
+def weighted_spread(
+    weights: Array, cotangents: list[Array], *, where: Array | None = None, dtypes: Sequence[Any]
+) -> list[Array]:
+    """The transpose of ``weighted_sum``: ``wᵢ`` times the cotangent for every client, exactly 0 for an absent one."""
+
+    def spread_leaf(cotangent: Array, dtype: Any) -> Array:
+        accumulator = accumulator_dtype(dtype)
+        stacked = cotangent.astype(accumulator)[None]
+        products = _over_parameters(weights.astype(accumulator), stacked) * stacked
+        if where is not None:
+            products = jnp.where(_over_parameters(where, stacked), products, 0)
+        return products.astype(dtype)
+
+    return [spread_leaf(cotangent, dtype) for cotangent, dtype in zip(cotangents, dtypes, strict=True)]
 
 
 def weighted_mean(
@@ -144,6 +161,13 @@ def _ranks(leaf: Array, where: Array | None) -> Array:
     return jnp.argsort(by_rank, axis=0)
 
 
+def _mean_of_kept(selected: Array, values: Array, num_kept: Array) -> Array:
+    """The mean over the selected clients in each coordinate; NaN when there are none."""
+    dtype = accumulator_dtype(values.dtype)
+    total = jnp.sum(jnp.where(selected, values.astype(dtype), 0), axis=0)
+    return jnp.where(num_kept > 0, total / jnp.maximum(num_kept, 1).astype(dtype), jnp.nan)
+
+
 def _selected(leaf: Array, trim_count: Any, where: Array | None) -> tuple[Array, Array]:
     """Which clients a trimmed mean keeps in each coordinate, and how many those are (0 or less: nobody)."""
     num_present = jnp.sum(_present(where, leaf.shape[0]), dtype=jnp.int32)
@@ -166,9 +190,16 @@ def trimmed_mean(
     if trim_count is None:
         num_present = jnp.sum(_present(where, n_clients))
         trim_count = jnp.asarray(trim_counts(trim_fraction, n_clients))[num_present]
-    return jax.tree.map(
-        lambda leaf: selected_mean(leaf, leaf, trim_count, where=where, out_dtype=out_dtype), updates
-    )
+
+    def reduce_leaf(leaf: Array) -> Array:
+        selected, num_kept = _selected(leaf, trim_count, where)
+        mean = _mean_of_kept(selected, leaf, num_kept)
+        # A sum may overflow where the mean does not; halving first then costs nothing but time.
+        exponent = 2.0 ** -math.ceil(math.log2(n_clients + 1)) if isinstance(n_clients, int) else 2.0**-31
+        scaled = _mean_of_kept(selected, leaf.astype(mean.dtype) * exponent, num_kept) / exponent
+        return jnp.where(jnp.isfinite(mean), mean, scaled).astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(reduce_leaf, updates)
 
 
 def coordinate_median(updates: PyTree, *, where: Array | None = None, out_dtype: Any = None) -> PyTree:
@@ -184,14 +215,8 @@ def selected_mean(
     """Per coordinate, the mean of ``values`` over the clients that the trimmed mean of ``updates`` keeps."""
 
     def reduce_leaf(leaf: Array, value: Array) -> Array:
-        dtype = accumulator_dtype(leaf.dtype)
         selected, num_kept = _selected(leaf, trim_count, where)
-        kept = jnp.where(selected, value.astype(dtype), 0)
-        count = jnp.maximum(num_kept, 1).astype(dtype)
-        total = jnp.sum(kept, axis=0)
-        # A sum may overflow where the mean does not; dividing first then costs a little rounding.
-        mean = jnp.where(jnp.isfinite(total), total / count, jnp.sum(kept / count, axis=0))
-        return jnp.where(num_kept > 0, mean, jnp.nan).astype(_result_dtype(leaf, out_dtype))
+        return _mean_of_kept(selected, value, num_kept).astype(_result_dtype(leaf, out_dtype))
 
     return jax.tree.map(reduce_leaf, updates, values)
 

@@ -146,9 +146,9 @@ def _trim_count(trim_count: Any, trim_fraction: Any, where: Array | None, n_clie
         raise TypeError(f"{name}: trim_count has dtype {array.dtype}; it needs {needed}.")
     if array.shape != ():
         raise ValueError(f"{name}: trim_count has shape {array.shape}; it needs {needed}.")
-    # A count beyond int32 leaves nobody, as the largest int32 does.
-    limit = np.iinfo(np.int32).max
-    return jnp.clip(array, -1, limit).astype(jnp.int32) if array.dtype.itemsize > 2 else array.astype(jnp.int32)
+    # A count beyond int32 leaves nobody, as -1 and the largest int32 do.
+    limits = jnp.iinfo(array.dtype)
+    return jnp.clip(array, max(-1, limits.min), min(np.iinfo(np.int32).max, limits.max)).astype(jnp.int32)
 
 
 def _trim_count_from_fraction(trim_fraction: Any, where: Array | None, n_clients: Any) -> int | Array:

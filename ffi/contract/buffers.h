@@ -19,6 +19,12 @@ struct Buffer {
   std::vector<std::int64_t> dims;
 };
 
+inline std::int64_t bytes_of(const Buffer& buffer) {
+  std::int64_t bytes = bytes_of(buffer.type);
+  for (std::int64_t dim : buffer.dims) bytes *= dim;
+  return bytes;
+}
+
 // One custom call as it arrived. Nothing in it has been checked.
 struct Call {
   const char* operation = "";

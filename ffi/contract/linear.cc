@@ -15,4 +15,14 @@ std::string read_weighted_sum(const Call& call, WeightedSumProblem* problem) {
   return reader.finish();
 }
 
+std::string read_weighted_spread(const Call& call, WeightedSpreadProblem* problem) {
+  Reader reader(call);
+  problem->weights = reader.operand("weights", Axis::kClients, {Type::kFloat32, Type::kFloat64});
+  problem->cotangents = reader.operand_leaves("cotangents", Axis::kNone);
+  if (reader.flag("has_where")) problem->where = reader.operand("where", Axis::kClients, {Type::kBool});
+  problem->spread = reader.result_leaves("spread", Axis::kClients);
+  problem->shape = reader.shape();
+  return reader.finish();
+}
+
 }  // namespace fedfuse

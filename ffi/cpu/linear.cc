@@ -1,3 +1,4 @@
+#include <cstring>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -12,15 +13,13 @@ namespace {
 constexpr std::int64_t kColumns = 4096;
 
 // The weights of the clients that take part, as a leaf with this accumulator wants them.
-template <typename Accumulator>
-void gather_weights(const WeightedSumProblem& problem, std::int64_t batch, std::vector<Accumulator>* weights) {
+template <typename Accumulator, typename Problem>
+void gather_weights(const Problem& problem, std::int64_t batch, std::vector<Accumulator>* weights) {
   const Shape& shape = problem.shape;
   const std::byte* from = problem.weights.at(shape.batch, batch);
-  const bool* present =
-      problem.where.present() ? reinterpret_cast<const bool*>(problem.where.at(shape.batch, batch)) : nullptr;
   weights->clear();
   for (std::int64_t client = 0; client < shape.clients; ++client) {
-    if (present != nullptr && !present[client]) continue;
+    if (!is_present(problem.where, shape, batch, client)) continue;
     weights->push_back(problem.weights.type == Type::kFloat64
                            ? static_cast<Accumulator>(reinterpret_cast<const double*>(from)[client])
                            : static_cast<Accumulator>(reinterpret_cast<const float*>(from)[client]));
@@ -51,6 +50,31 @@ void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
   if (out != result) convert(accumulator, out, reduced.type, result, tile.columns);
 }
 
+template <typename Accumulator>
+void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
+  thread_local std::vector<void*> rows;
+  thread_local std::vector<Accumulator> weights;
+  thread_local std::vector<Accumulator> widened;
+  const View& cotangents = problem.cotangents[tile.leaf];
+  const View& spread = problem.spread[tile.leaf];
+  const Type accumulator = accumulator_of(spread.type);
+  const void* values = tile_data(cotangents, problem.shape, tile);
+  if (cotangents.type != accumulator) {
+    widened.resize(kColumns);
+    convert(cotangents.type, values, accumulator, widened.data(), tile.columns);
+    values = widened.data();
+  }
+  if (problem.where.present()) {
+    gather_rows(spread, View(), problem.shape, tile, &rows);
+    for (void* row : rows) std::memset(row, 0, tile.columns * bytes_of(spread.type));
+  }
+  gather_rows(spread, problem.where, problem.shape, tile, &rows);
+  gather_weights(problem, tile.batch, &weights);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    linear_kernels(spread.type).scale(values, &weights[row], tile.columns, rows[row]);
+  }
+}
+
 }  // namespace
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
@@ -64,6 +88,22 @@ Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
       run_tile<double>(*problem, tile);
     } else {
       run_tile<float>(*problem, tile);
+    }
+  };
+  return work;
+}
+
+Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
+  const Tiles tiles(problem->shape, kColumns);
+  Work work;
+  work.tasks = tiles.count();
+  work.cost = stacked_bytes(problem->shape, problem->spread);
+  work.run = [problem, tiles](std::int64_t task) {
+    const Tile tile = tiles[task];
+    if (problem->spread[tile.leaf].type == Type::kFloat64) {
+      spread_tile<double>(*problem, tile);
+    } else {
+      spread_tile<float>(*problem, tile);
     }
   };
   return work;

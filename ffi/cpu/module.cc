@@ -5,6 +5,7 @@
 #include "cpu/executor.h"
 #include "cpu/isa.h"
 #include "cpu/operations.h"
+#include "cpu/pages.h"
 #include "handlers/bindings.h"
 #include "handlers/decode.h"
 
@@ -19,8 +20,10 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
                    ffi::RemainingRets results, ffi::Dictionary attributes) {
   try {
     auto problem = std::make_shared<Problem>();
-    const std::string error = read(decode_call(operation, operands, results, attributes), problem.get());
+    const Call call = decode_call(operation, operands, results, attributes);
+    const std::string error = read(call, problem.get());
     if (!error.empty()) return failed(ffi::Error::InvalidArgument(error));
+    for (const Buffer& result : call.results) prefer_huge_pages(result.data, bytes_of(result));
     return execute(pool, cut(std::shared_ptr<const Problem>(std::move(problem))));
   } catch (const std::exception& error) {
     return failed(ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error.what()));
@@ -38,6 +41,7 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
 
 FEDFUSE_HANDLER(weighted_sum, WeightedSumProblem, read_weighted_sum);
 FEDFUSE_HANDLER(weighted_mean, WeightedSumProblem, read_weighted_sum);
+FEDFUSE_HANDLER(weighted_spread, WeightedSpreadProblem, read_weighted_spread);
 FEDFUSE_HANDLER(squared_norms, ClientDotsProblem, read_squared_norms);
 FEDFUSE_HANDLER(client_dots, ClientDotsProblem, read_client_dots);
 FEDFUSE_HANDLER(finite_clients, FiniteClientsProblem, read_finite_clients);
@@ -51,6 +55,7 @@ FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
     {"weighted_mean", weighted_mean},
+    {"weighted_spread", weighted_spread},
     {"squared_norms", squared_norms},
     {"client_dots", client_dots},
     {"finite_clients", finite_clients},

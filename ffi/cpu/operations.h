@@ -13,6 +13,7 @@
 namespace fedfuse {
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem);
+Work cut(std::shared_ptr<const WeightedSpreadProblem> problem);
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem);
 Work cut(std::shared_ptr<const SelectedMeanProblem> problem);
 Work cut(std::shared_ptr<const SpreadProblem> problem);

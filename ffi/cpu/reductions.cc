@@ -8,11 +8,6 @@
 namespace fedfuse {
 namespace {
 
-// Whether a client takes part.
-bool is_present(const View& where, const Shape& shape, std::int64_t batch, std::int64_t client) {
-  return !where.present() || reinterpret_cast<const bool*>(where.at(shape.batch, batch))[client];
-}
-
 // The partial sums of all clients over one block of coordinates.
 void dot_tile(const ClientDotsProblem& problem, const Tile& tile) {
   thread_local std::vector<double> widened;

@@ -46,6 +46,11 @@ class Tiles {
   std::int64_t count_;
 };
 
+// Whether a client takes part.
+inline bool is_present(const View& where, const Shape& shape, std::int64_t batch, std::int64_t client) {
+  return !where.present() || reinterpret_cast<const bool*>(where.at(shape.batch, batch))[client];
+}
+
 // Where a tile of a view without a client axis begins.
 inline std::byte* tile_data(const View& view, const Shape& shape, const Tile& tile) {
   return view.at(shape.batch, tile.batch) + tile.begin * bytes_of(view.type);
@@ -54,13 +59,11 @@ inline std::byte* tile_data(const View& view, const Shape& shape, const Tile& ti
 // Where the tile begins in the rows of a client-stacked view, for the clients that take part (all, without `where`).
 inline void gather_rows(const View& view, const View& where, const Shape& shape, const Tile& tile,
                         std::vector<void*>* rows) {
-  const bool* present =
-      where.present() ? reinterpret_cast<const bool*>(where.at(shape.batch, tile.batch)) : nullptr;
   std::byte* row = tile_data(view, shape, tile);
   const std::int64_t stride = shape.coordinates[tile.leaf] * bytes_of(view.type);
   rows->clear();
   for (std::int64_t client = 0; client < shape.clients; ++client, row += stride) {
-    if (present == nullptr || present[client]) rows->push_back(row);
+    if (is_present(where, shape, tile.batch, client)) rows->push_back(row);
   }
 }
 

@@ -55,8 +55,7 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Key flip_negative(Key bits, Key greatest) {
 // Puts the NaNs whose sign bit is set, which come out of flip_negative below -inf, at the top: every NaN is then above
 // +inf, which is all that values need. Masks need merge_nans, which makes all of them one key.
 template <typename Key>
-FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Key raise_negative_nans(Key key, Key negative_infinity,
-                                                           Key greatest) {
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Key raise_negative_nans(Key key, Key negative_infinity, Key greatest) {
   return key < negative_infinity ? greatest : key;
 }
 
@@ -74,16 +73,14 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Key merge_zeros(Key key, Key zero) {
 }
 
 template <Type type>
-FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Keys<type>::Integer key_from_bits(
-    typename Keys<type>::Integer bits) {
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Keys<type>::Integer key_from_bits(typename Keys<type>::Integer bits) {
   using Integer = typename Keys<type>::Integer;
   return merge_nans<Integer>(flip_negative<8 * sizeof(Integer), Integer>(bits, Keys<type>::kGreatest),
                              Keys<type>::kNegativeInfinity, Keys<type>::kGreatest);
 }
 
 template <Type type>
-FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Keys<type>::Integer bits_from_key(
-    typename Keys<type>::Integer key) {
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Keys<type>::Integer bits_from_key(typename Keys<type>::Integer key) {
   using Integer = typename Keys<type>::Integer;
   return flip_negative<8 * sizeof(Integer), Integer>(key, Keys<type>::kGreatest);
 }

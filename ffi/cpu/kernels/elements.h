@@ -42,8 +42,7 @@ FEDFUSE_INLINE Vector<Lane> flipped(Vector<Lane> bits) {
 // Bits to keys good for finding values. `negative_infinity` is what tells one 16-bit type from the other.
 template <typename Lane>
 FEDFUSE_INLINE Vector<Lane> value_keys(Vector<Lane> bits, Vector<Lane> negative_infinity) {
-  return raise_negative_nans(flipped<Lane>(bits), negative_infinity,
-                             fill<Lane>(kGreatestKey<Lane>));
+  return raise_negative_nans(flipped<Lane>(bits), negative_infinity, fill<Lane>(kGreatestKey<Lane>));
 }
 
 // Bits to bits of the same standing that are equal where their order is: one NaN, one zero.
@@ -65,12 +64,8 @@ struct Element<Type::kFloat32> {
   using Accumulator = float;
   static constexpr int kParts = 1;
 
-  static FEDFUSE_INLINE void widen(Vector<Lane> bits, Vector<float> parts[kParts]) {
-    parts[0] = bits_as<float>(bits);
-  }
-  static FEDFUSE_INLINE Vector<Lane> narrow(const Vector<float> parts[kParts]) {
-    return bits_as<Lane>(parts[0]);
-  }
+  static FEDFUSE_INLINE void widen(Vector<Lane> bits, Vector<float> parts[kParts]) { parts[0] = bits_as<float>(bits); }
+  static FEDFUSE_INLINE Vector<Lane> narrow(const Vector<float> parts[kParts]) { return bits_as<Lane>(parts[0]); }
 };
 
 template <>
@@ -82,9 +77,7 @@ struct Element<Type::kFloat64> {
   static FEDFUSE_INLINE void widen(Vector<Lane> bits, Vector<double> parts[kParts]) {
     parts[0] = bits_as<double>(bits);
   }
-  static FEDFUSE_INLINE Vector<Lane> narrow(const Vector<double> parts[kParts]) {
-    return bits_as<Lane>(parts[0]);
-  }
+  static FEDFUSE_INLINE Vector<Lane> narrow(const Vector<double> parts[kParts]) { return bits_as<Lane>(parts[0]); }
 };
 
 template <>
@@ -124,11 +117,10 @@ struct Element<Type::kFloat16> {
       parts[part] = _mm256_cvtph_ps(reinterpret_cast<__m128i>(half_of<Lane>(bits, part != 0)));
     }
 #else
-    alignas(kVectorBytes) std::uint16_t halves[kLanes<Lane>];
-    alignas(kVectorBytes) float values[kLanes<Lane>];
-    store(halves, bits);
-    for (int lane = 0; lane < kLanes<Lane>; ++lane) values[lane] = float16_to_float(halves[lane]);
-    for (int part = 0; part < kParts; ++part) parts[part] = load<float>(values + part * kLanes<float>);
+    for (int part = 0; part < kParts; ++part) {
+      parts[part] =
+          bits_as<float>(float32_bits_from_float16<Vector<std::uint32_t>, Vector<float> >(widen_half(bits, part != 0)));
+    }
 #endif
   }
   static FEDFUSE_INLINE Vector<Lane> narrow(const Vector<float> parts[kParts]) {

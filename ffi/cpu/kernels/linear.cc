@@ -128,6 +128,23 @@ struct Linear {
     }
   }
 
+  static void scale(const void* values_pointer, const void* weight_pointer, std::int64_t columns, void* out_pointer) {
+    const Accumulator* values = static_cast<const Accumulator*>(values_pointer);
+    const Accumulator weight = *static_cast<const Accumulator*>(weight_pointer);
+    Lane* out = static_cast<Lane*>(out_pointer);
+    const auto scaled = [weight](const Accumulator* from) __attribute__((always_inline)) {
+      Wide wide = load_accumulators(from);
+      for (int part = 0; part < kParts; ++part) wide.parts[part] *= fill<Accumulator>(weight);
+      return Element<type>::narrow(wide.parts);
+    };
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) store(out + column, scaled(values + column));
+    if (const std::int64_t rest = columns - column; rest > 0) {
+      const Vector<Lane> narrow = scaled(AccumulatorTail(values + column, rest).values);
+      __builtin_memcpy(out + column, &narrow, rest * sizeof(Lane));
+    }
+  }
+
   // Four running sums a part hide the latency of an addition.
   struct DoubleSums {
     static constexpr int kChains = 4;
@@ -221,7 +238,7 @@ struct Linear {
     return !any(found);
   }
 
-  static constexpr LinearKernels kernels() { return {weighted_sum, accumulate, sum_of_squares, dot, all_finite}; }
+  static constexpr LinearKernels kernels() { return {weighted_sum, accumulate, scale, sum_of_squares, dot, all_finite}; }
 };
 
 }  // namespace

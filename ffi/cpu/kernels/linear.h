@@ -19,6 +19,9 @@ struct LinearKernels {
   // out[c] = total[c] + *weight * update[c]; out may be total.
   void (*accumulate)(const void* total, const void* update, const void* weight, std::int64_t columns, void* out);
 
+  // out[c] = *weight * values[c], values of the accumulator type, out of the rows' type.
+  void (*scale)(const void* values, const void* weight, std::int64_t columns, void* out);
+
   // The sum of the squares, and of the products with `others` (of the accumulator type), in float64.
   double (*sum_of_squares)(const void* row, std::int64_t columns);
   double (*dot)(const void* row, const void* others, std::int64_t columns);

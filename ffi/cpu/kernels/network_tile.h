@@ -39,11 +39,11 @@ FEDFUSE_INLINE void fetch_to_l2(const void* pointer, std::int64_t bytes) {
 constexpr int kFewestFetchedRows = 17;
 
 // Runs a network on one vector of columns of a tile whose rows, pads among them, begin at `rows`, and stores its
-// outputs. Meanwhile asks for this vector's share of what lies kTileBytes after `fetched`, the tile in memory: whole tile
-// rows of some of the rows, a line every few loads.
+// outputs. Meanwhile asks for this vector's share of what lies kTileBytes after `fetched`, the tile in memory: whole
+// tile rows of some of the rows, a line every few loads.
 template <typename Network, typename Lane>
-__attribute__((noinline)) void run_network(const Lane* const* rows, const Lane* const* fetched,
-                                           int vector, Lane negative_infinity, Lane* outputs) {
+__attribute__((noinline)) void run_network(const Lane* const* rows, const Lane* const* fetched, int vector,
+                                           Lane negative_infinity, Lane* outputs) {
   constexpr bool kFetches = Network::kInputs >= kFewestFetchedRows;
   constexpr int kLoadsPerLine = kCacheLineBytes / kVectorBytes;
   constexpr int kShare = (Network::kInputs + kTileVectors - 1) / kTileVectors;  // in rows
@@ -56,8 +56,7 @@ __attribute__((noinline)) void run_network(const Lane* const* rows, const Lane* 
   };
   if constexpr (kFetches) {
     // The lines for which there are not loads enough.
-    for (int line = (Network::kInputs + kLoadsPerLine - 1) / kLoadsPerLine;
-         line < kShare * kTileLines; ++line) {
+    for (int line = (Network::kInputs + kLoadsPerLine - 1) / kLoadsPerLine; line < kShare * kTileLines; ++line) {
       fetch(line);
     }
   }
@@ -66,17 +65,15 @@ __attribute__((noinline)) void run_network(const Lane* const* rows, const Lane* 
         if (kFetches && input % kLoadsPerLine == 0) fetch(input / kLoadsPerLine);
         return KeyVector<Lane>{value_keys<Lane>(load<Lane>(rows[input] + column), lowest)};
       },
-      [&](int output, KeyVector<Lane> keys) __attribute__((always_inline)) {
-        store(outputs + output * kLanes<Lane>, keys.native);
-      });
+      [&](int output, KeyVector<Lane> keys)
+          __attribute__((always_inline)) { store(outputs + output * kLanes<Lane>, keys.native); });
 }
 
 template <typename Lane>
 struct NetworkEntry {
   int inputs;
   int first_rank;
-  void (*run)(const Lane* const* rows, const Lane* const* fetched, int vector,
-              Lane negative_infinity, Lane* outputs);
+  void (*run)(const Lane* const* rows, const Lane* const* fetched, int vector, Lane negative_infinity, Lane* outputs);
 };
 
 template <typename Network, typename Lane>
@@ -87,14 +84,13 @@ constexpr NetworkEntry<Lane> make_entry() {
 // The first network of a family with room for num_rows, at most kMaxNetworkRows.
 template <typename Lane, template <int> class Family, int... kSizes>
 NetworkEntry<Lane> find_network(NetworkSizes<kSizes...>, std::int64_t num_rows) {
-  static constexpr NetworkEntry<Lane> kEntries[] = {
-      [] {
-        if constexpr (kSizes <= kMaxNetworkRows<Lane>) {
-          return make_entry<Family<kSizes>, Lane>();
-        } else {
-          return NetworkEntry<Lane>{};
-        }
-      }()...};
+  static constexpr NetworkEntry<Lane> kEntries[] = {[] {
+    if constexpr (kSizes <= kMaxNetworkRows<Lane>) {
+      return make_entry<Family<kSizes>, Lane>();
+    } else {
+      return NetworkEntry<Lane>{};
+    }
+  }()...};
   int index = 0;
   while (kEntries[index].inputs < num_rows) ++index;
   return kEntries[index];
@@ -111,8 +107,7 @@ NetworkEntry<Lane> mean_network(std::int64_t num_rows, std::int64_t trim) {
   if (num_rows - 2 * trim <= 2) {
     return find_network<Lane, MedianNetwork>(MedianNetworkSizes{}, num_rows);
   }
-  if (num_rows >= kFewestTrimmed &&
-      trim == static_cast<std::int64_t>(kTrimFraction * static_cast<double>(num_rows))) {
+  if (num_rows >= kFewestTrimmed && trim == static_cast<std::int64_t>(kTrimFraction * static_cast<double>(num_rows))) {
     return find_network<Lane, TrimmedMeanNetwork>(TrimmedMeanNetworkSizes{}, num_rows);
   }
   return sort_network<Lane>(num_rows);
@@ -143,19 +138,13 @@ class NetworkTile {
   NetworkTile& operator=(const NetworkTile&) = delete;
 
   // Works on the rows from this column on: a whole tile is read there.
-  FEDFUSE_INLINE void point_at(const void* const* rows, std::int64_t column) {
-    set_rows(inputs_, rows, column);
-  }
+  FEDFUSE_INLINE void point_at(const void* const* rows, std::int64_t column) { set_rows(inputs_, rows, column); }
 
   // Fetches what comes after the tile at this column while working.
-  FEDFUSE_INLINE void fetch_after(const void* const* rows, std::int64_t column) {
-    set_rows(fetched_, rows, column);
-  }
+  FEDFUSE_INLINE void fetch_after(const void* const* rows, std::int64_t column) { set_rows(fetched_, rows, column); }
 
   // Which output holds the value of this rank.
-  int output_of_rank(std::int64_t rank) const {
-    return static_cast<int>(rank) + low_pads_ - network_.first_rank;
-  }
+  int output_of_rank(std::int64_t rank) const { return static_cast<int>(rank) + low_pads_ - network_.first_rank; }
 
   // Runs the network on a vector of the tile.
   FEDFUSE_INLINE void run(int vector, Lane* outputs) const {

@@ -3,8 +3,8 @@
 //
 // The order is total: -inf < finite < +inf < NaN, all NaNs equal. Clients are ranked in it column by column, ties
 // (-0 and +0 too) going to the lower index, and a client is *kept* in a column if its rank there is in
-// [trim, num_rows - trim). A mean is a sum in the accumulator type, in an order fixed by num_rows and trim alone, over the
-// count; a single kept value comes out as it is, and no mean of finite values overflows. A column's result does not
+// [trim, num_rows - trim). A mean is a sum in the accumulator type, in an order fixed by num_rows and trim alone, over
+// the count; a single kept value comes out as it is, and no mean of finite values overflows. A column's result does not
 // depend on where in a chunk it stands.
 #ifndef FEDFUSE_CPU_KERNELS_ORDER_STATISTICS_H_
 #define FEDFUSE_CPU_KERNELS_ORDER_STATISTICS_H_
@@ -17,24 +17,24 @@ namespace fedfuse {
 // accumulator type is double for float64 and float for the others.
 struct OrderStatisticKernels {
   // out[c] = mean of the kept values of column c, in the accumulator type.
-  void (*trimmed_mean)(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
-                       std::int64_t trim, void* out);
+  void (*trimmed_mean)(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                       void* out);
 
   // out[c] = mean of tangents[i][c] over the clients i kept in column c of rows, in the accumulator type; tangents are
   // of the rows' type.
-  void (*selected_mean)(const void* const* rows, const void* const* tangents,
-                        std::int64_t num_rows, std::int64_t columns, std::int64_t trim, void* out);
+  void (*selected_mean)(const void* const* rows, const void* const* tangents, std::int64_t num_rows,
+                        std::int64_t columns, std::int64_t trim, void* out);
 
   // out[i][c] = cotangent[c] / (num_rows - 2 * trim) if client i is kept in column c, else 0: in the rows' type, the
   // cotangent in the accumulator type.
-  void (*spread)(const void* const* rows, const void* cotangent, std::int64_t num_rows,
-                 std::int64_t columns, std::int64_t trim, void* const* out);
+  void (*spread)(const void* const* rows, const void* cotangent, std::int64_t num_rows, std::int64_t columns,
+                 std::int64_t trim, void* const* out);
 };
 
 // One set for each instruction set that the build has; only call what the processor supports. avx512 stands for the
 // features of Ice Lake and Zen 4: F, BW, DQ, VL and VPOPCNTDQ.
-#define FEDFUSE_DECLARE_ORDER_STATISTICS(isa)                    \
-  namespace isa {                                                \
+#define FEDFUSE_DECLARE_ORDER_STATISTICS(isa)                   \
+  namespace isa {                                               \
   extern const OrderStatisticKernels order_statistics_float32;  \
   extern const OrderStatisticKernels order_statistics_float64;  \
   extern const OrderStatisticKernels order_statistics_bfloat16; \

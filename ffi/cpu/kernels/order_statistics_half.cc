@@ -4,10 +4,8 @@
 namespace fedfuse {
 namespace FEDFUSE_ISA {
 
-extern const OrderStatisticKernels order_statistics_bfloat16 =
-    OrderStatistics<Type::kBFloat16>::kKernels;
-extern const OrderStatisticKernels order_statistics_float16 =
-    OrderStatistics<Type::kFloat16>::kKernels;
+extern const OrderStatisticKernels order_statistics_bfloat16 = OrderStatistics<Type::kBFloat16>::kKernels;
+extern const OrderStatisticKernels order_statistics_float16 = OrderStatistics<Type::kFloat16>::kKernels;
 
 }  // namespace FEDFUSE_ISA
 }  // namespace fedfuse

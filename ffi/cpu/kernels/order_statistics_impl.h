@@ -21,9 +21,8 @@ namespace {
 // Memory for a call, aligned to cache lines.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes)
-      : memory_(::operator new(bytes, std::align_val_t{kCacheLineBytes})) {}
-  ~Scratch() { ::operator delete(memory_, std::align_val_t{kCacheLineBytes}); }
+  explicit Scratch(std::size_t bytes) : memory_(::operator new (bytes, std::align_val_t{kCacheLineBytes})) {}
+  ~Scratch() { ::operator delete (memory_, std::align_val_t{kCacheLineBytes}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -130,8 +129,7 @@ struct OrderStatistics {
       if (index + quarter < count) add(index + quarter, partial[quarter]);
     }
     for (int part = 0; part < kParts; ++part) {
-      sums[part] =
-          (partial[0][part] + partial[1][part]) + (partial[2][part] + partial[3][part]);
+      sums[part] = (partial[0][part] + partial[1][part]) + (partial[2][part] + partial[3][part]);
     }
   }
 
@@ -175,14 +173,13 @@ struct OrderStatistics {
     return kStoreMean[count < static_cast<int>(sizeof...(kCounts)) ? count : 0];
   }
 
-  static void trimmed_mean_by_network(const void* const* rows, std::int64_t num_rows,
-                                      std::int64_t columns, std::int64_t trim, Accumulator* out) {
+  static void trimmed_mean_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
+                                      std::int64_t trim, Accumulator* out) {
     NetworkTile<Lane> tile(mean_network<Lane>(num_rows, trim), num_rows, kNegativeInfinity);
     alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
     const Lane* const kept = outputs + tile.output_of_rank(trim) * kElements;
     const int count = static_cast<int>(num_rows - 2 * trim);
-    const StoreMean store_mean =
-        find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
+    const StoreMean store_mean = find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
 
     // The last columns go the same way in a copy with room for a whole tile.
     alignas(kCacheLineBytes) Lane copy[kRows * kColumns];
@@ -198,8 +195,7 @@ struct OrderStatistics {
       } else {
         for (int row = 0; row < num_rows; ++row) {
           copied_rows[row] = copy + row * kColumns;
-          copy_row<false>(static_cast<const Lane*>(rows[row]) + column, width, kColumns,
-                          copy + row * kColumns);
+          copy_row<false>(static_cast<const Lane*>(rows[row]) + column, width, kColumns, copy + row * kColumns);
         }
         tile.point_at(copied_rows, 0);
       }
@@ -222,8 +218,7 @@ struct OrderStatistics {
         : rows_(rows),
           num_rows_(num_rows),
           next_bytes_((column / kColumns + 1) * kTileBytes),
-          first_((column / kGroup % kGroupsOfTile) *
-                 ((num_rows + kGroupsOfTile - 1) / kGroupsOfTile)) {}
+          first_((column / kGroup % kGroupsOfTile) * ((num_rows + kGroupsOfTile - 1) / kGroupsOfTile)) {}
 
     FEDFUSE_INLINE void operator()(std::int64_t row) const {
       if (row % kGroupsOfTile != 0) return;
@@ -241,24 +236,20 @@ struct OrderStatistics {
     std::int64_t first_;
   };
 
-  // A copy of a group of columns of all rows. The bytes of columns past the last are zero.
-  struct GroupCopy {
-    explicit GroupCopy(std::int64_t num_rows)
-        : memory(static_cast<std::size_t>(num_rows) * (kGroup * sizeof(Lane) + sizeof(void*))),
+  // A copy of kRoom columns of all rows; those beyond the last are zero.
+  template <int kRoom>
+  struct ColumnsCopy {
+    explicit ColumnsCopy(std::int64_t num_rows)
+        : memory(static_cast<std::size_t>(num_rows) * (kRoom * sizeof(Lane) + sizeof(void*))),
           values(memory.template as<Lane>()),
-          rows(reinterpret_cast<const void**>(values + num_rows * kGroup)) {
-      for (std::int64_t row = 0; row < num_rows; ++row) rows[row] = values + row * kGroup;
+          rows(reinterpret_cast<const void**>(values + num_rows * kRoom)) {
+      for (std::int64_t row = 0; row < num_rows; ++row) rows[row] = values + row * kRoom;
     }
 
     template <bool kCanonical>
-    void take(const void* const* from, std::int64_t num_rows, std::int64_t column,
-              std::int64_t columns) {
-      const TileFetcher fetch(from, num_rows, column);
-      const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
+    void take(const void* const* from, std::int64_t num_rows, std::int64_t column, int width) {
       for (std::int64_t row = 0; row < num_rows; ++row) {
-        fetch(row);
-        copy_row<kCanonical>(static_cast<const Lane*>(from[row]) + column, width, kGroup,
-                             values + row * kGroup);
+        copy_row<kCanonical>(static_cast<const Lane*>(from[row]) + column, width, kRoom, values + row * kRoom);
       }
     }
 
@@ -269,13 +260,13 @@ struct OrderStatistics {
 
   // Sums the values of the rows of a group that lie strictly between two keys.
   template <bool kScaled>
-  static void sum_between(const Lane* values, std::int64_t num_rows, const Lane* low,
-                          const Lane* high, Accumulator scale, Accumulator* sums) {
+  static void sum_between(const Lane* values, std::int64_t num_rows, const Lane* low, const Lane* high,
+                          Accumulator scale, Accumulator* sums) {
     for (int vector = 0; vector < Layout::kVectors; ++vector) {
       const Vector<Lane> lowest = load<Lane>(low + vector * kElements);
       const Vector<Lane> highest = load<Lane>(high + vector * kElements);
       Sum partial[4][kParts] = {};
-      const auto add = [&](std::int64_t row, Sum* to) __attribute__((always_inline)) {
+      const auto add = [&](std::int64_t row, Sum * to) __attribute__((always_inline)) {
         const Vector<Lane> bits = load<Lane>(values + row * kGroup + vector * kElements);
         const Vector<Lane> keys = value_keys<Lane>(bits, fill<Lane>(kNegativeInfinity));
         const Vector<Lane> between = bits_as<Lane>((keys > lowest) & (keys < highest));
@@ -309,23 +300,24 @@ struct OrderStatistics {
     }
   }
 
-  static void trimmed_mean_by_radix(const void* const* rows, std::int64_t num_rows,
-                                    std::int64_t columns, std::int64_t trim, Accumulator* out) {
+  static void trimmed_mean_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
+                                    std::int64_t trim, Accumulator* out) {
     const std::int64_t count = num_rows - 2 * trim;
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
-    GroupCopy copy(num_rows);
+    ColumnsCopy<kGroup> copy(num_rows);
     RankedValues<Lane> low, high;
     alignas(kVectorBytes) Accumulator low_values[kGroup], high_values[kGroup];
     alignas(kVectorBytes) Accumulator sums[kGroup] = {};
 
     for (std::int64_t column = 0; column < columns; column += kGroup) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
+      const TileFetcher fetcher(rows, num_rows, column);
       if (count > 2 || width < kGroup) {
-        copy.template take<false>(rows, num_rows, column, columns);
-        planes.fill_from(copy.rows, 0, kNegativeInfinity, [](std::int64_t) {});
+        copy.template take<false>(rows, num_rows, column, width);
+        planes.fill_from(copy.rows, 0, kNegativeInfinity, fetcher);
       } else {
-        planes.fill_from(rows, column, kNegativeInfinity, TileFetcher(rows, num_rows, column));
+        planes.fill_from(rows, column, kNegativeInfinity, fetcher);
       }
       planes.select(trim, &low);
       values_of_keys(low.key, low_values);
@@ -363,8 +355,9 @@ struct OrderStatistics {
 
   // ---- Who is kept --------------------------------------------------------------------------------------------------
 
-  // What decides, in one vector of columns, who is kept: the keys of the least and the greatest kept value; of those who
-  // tie with the least, the first `skip` are not kept; of those who tie with the greatest, only the first `take` are.
+  // What decides, in one vector of columns, who is kept: the keys of the least and the greatest kept value; of those
+  // who tie with the least, the first `skip` are not kept; of those who tie with the greatest, only the first `take`
+  // are.
   struct Bounds {
     Vector<Lane> low, high, skip, take;
 
@@ -387,14 +380,19 @@ struct OrderStatistics {
 
   // The rows of some columns of which it is known who is kept, and the place of those columns in the whole.
   struct KeptRows {
-    const Lane* values;  // canonical bits, [row][room]
-    int room;
+    const Lane* values;  // canonical bits, [row][kColumns]
     std::int64_t first_row;
     std::int64_t num_rows;
     std::int64_t column;
     int width;
     Bounds* bounds;  // of each vector
     bool ties;       // whether some who tie with a bound are not kept
+
+    // How many of the columns of so many vectors there are. Only a single vector may have fewer than it has room for.
+    template <int kVectors>
+    FEDFUSE_INLINE int width_of(int first_vector) const {
+      return kVectors > 1 ? kVectors * kElements : least(width - first_vector * kElements, kElements);
+    }
 
     // Calls use(row, index, mask) for all rows and kVectors vectors of each.
     template <int kVectors, typename Use>
@@ -404,17 +402,16 @@ struct OrderStatistics {
       for (int i = 0; i < kVectors; ++i) local[i] = bounds[first_vector + i];
       const Lane* row_values = values + first_vector * kElements;
       if (ties) {
-        for (std::int64_t row = 0; row < num_rows; ++row, row_values += room) {
+        for (std::int64_t row = 0; row < num_rows; ++row, row_values += kColumns) {
           for (int i = 0; i < kVectors; ++i) {
             use(first_row + row, i, local[i].kept_of(load<Lane>(row_values + i * kElements)));
           }
         }
         for (int i = 0; i < kVectors; ++i) bounds[first_vector + i] = local[i];
       } else {
-        for (std::int64_t row = 0; row < num_rows; ++row, row_values += room) {
+        for (std::int64_t row = 0; row < num_rows; ++row, row_values += kColumns) {
           for (int i = 0; i < kVectors; ++i) {
-            use(first_row + row, i,
-                local[i].kept_without_ties(load<Lane>(row_values + i * kElements)));
+            use(first_row + row, i, local[i].kept_without_ties(load<Lane>(row_values + i * kElements)));
           }
         }
       }
@@ -446,13 +443,12 @@ struct OrderStatistics {
     template <int kVectors>
     void use(const KeptRows& kept, int first_vector) {
       const std::int64_t column = kept.column + first_vector * kElements;
-      const int width = kept.width - first_vector * kElements;
+      const int width = kept.template width_of<kVectors>(first_vector);
       Sum local[kVectors][kParts];
       for (int i = 0; i < kVectors; ++i) {
         for (int part = 0; part < kParts; ++part) local[i][part] = sums[first_vector + i][part];
       }
-      const auto add = [&](std::int64_t row, int i, Vector<Lane> mask)
-                           __attribute__((always_inline)) {
+      const auto add = [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
         const Lane* const from = static_cast<const Lane*>(tangents[row]) + column + i * kElements;
         Sum terms[kParts];
         Element<type>::widen(load_first(from, width - i * kElements) & mask, terms);
@@ -500,22 +496,20 @@ struct OrderStatistics {
     template <int kVectors>
     void use(const KeptRows& kept, int first_vector) {
       const std::int64_t column = kept.column + first_vector * kElements;
-      const int width = kept.width - first_vector * kElements;
+      const int width = kept.template width_of<kVectors>(first_vector);
       Vector<Lane> local[kVectors];
       for (int i = 0; i < kVectors; ++i) local[i] = shares[first_vector + i];
       const auto place = [&](std::int64_t row, int i) __attribute__((always_inline)) {
         return static_cast<Lane*>(out[row]) + column + i * kElements;
       };
       // Streaming stores must fill whole lines one after the other.
-      if (streams && kVectors * kVectorBytes % kCacheLineBytes == 0 &&
-          width >= kVectors * kElements) {
+      if (streams && kVectors * kVectorBytes % kCacheLineBytes == 0 && width == kVectors * kElements) {
         kept.template visit<kVectors>(
             first_vector, [&](std::int64_t row, int i, Vector<Lane> mask)
                               __attribute__((always_inline)) { stream(place(row, i), local[i] & mask); });
       } else {
         kept.template visit<kVectors>(
-            first_vector,
-            [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
+            first_vector, [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
               store_first(place(row, i), local[i] & mask, width - i * kElements);
             });
       }
@@ -538,8 +532,8 @@ struct OrderStatistics {
   }
 
   template <typename Consumer>
-  static void select_by_network(const void* const* rows, std::int64_t num_rows,
-                                std::int64_t columns, std::int64_t trim, Consumer& consumer) {
+  static void select_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                                Consumer& consumer) {
     NetworkTile<Lane> tile(sort_network<Lane>(num_rows), num_rows, kNegativeInfinity);
     alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
     const Lane* const sorted = outputs + tile.output_of_rank(0) * kElements;
@@ -553,25 +547,22 @@ struct OrderStatistics {
     for (std::int64_t column = 0; column < columns; column += kColumns) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
       for (int row = 0; row < num_rows; ++row) {
-        copy_row<true>(static_cast<const Lane*>(rows[row]) + column, width, kColumns,
-                       copy + row * kColumns);
+        copy_row<true>(static_cast<const Lane*>(rows[row]) + column, width, kColumns, copy + row * kColumns);
       }
       tile.fetch_after(rows, column);
       bool ties = false;
       for (int vector = 0; vector * kElements < width; ++vector) {
         tile.run(vector, outputs);
-        ties |= find_bounds(sorted, static_cast<int>(num_rows), static_cast<int>(trim),
-                            &bounds[vector]);
+        ties |= find_bounds(sorted, static_cast<int>(num_rows), static_cast<int>(trim), &bounds[vector]);
       }
       consumer.begin(column, width);
-      KeptRows{copy, kColumns, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
+      KeptRows{copy, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
       consumer.end(column, width);
     }
   }
 
   // From all keys in order. Returns whether some who tie with a bound are not kept.
-  static FEDFUSE_INLINE bool find_bounds(const Lane* sorted, int num_rows, int trim,
-                                         Bounds* bounds) {
+  static FEDFUSE_INLINE bool find_bounds(const Lane* sorted, int num_rows, int trim, Bounds* bounds) {
     const auto key_of_rank = [&](int rank) __attribute__((always_inline)) {
       return load<Lane>(sorted + rank * kElements);
     };
@@ -591,47 +582,54 @@ struct OrderStatistics {
   }
 
   template <typename Consumer>
-  static void select_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
-                              std::int64_t trim, Consumer& consumer) {
+  static void select_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                              Consumer& consumer) {
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
-    GroupCopy copy(num_rows);
+    ColumnsCopy<kColumns> copy(num_rows);
     RankedValues<Lane> low, high;
-    alignas(kVectorBytes) Lane skip[kGroup], take[kGroup];
-    Bounds bounds[Layout::kVectors];
+    // Of each column: how many are still to be skipped and taken among those who tie with the bounds.
+    std::int64_t to_skip[kColumns], to_take[kColumns];
+    Bounds bounds[kTileVectors];
 
-    for (std::int64_t column = 0; column < columns; column += kGroup) {
-      const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
-      copy.template take<true>(rows, num_rows, column, columns);
-      planes.fill_from(copy.rows, 0, kNegativeInfinity, [](std::int64_t) {});
-      planes.select(trim, &low);
-      planes.select(num_rows - 1 - trim, &high);
-      std::int64_t to_skip[kGroup], to_take[kGroup];
-      for (int i = 0; i < kGroup; ++i) {
-        to_skip[i] = trim - low.below[i];
-        to_take[i] = num_rows - trim - high.below[i];
+    for (std::int64_t column = 0; column < columns; column += kColumns) {
+      const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
+      copy.template take<true>(rows, num_rows, column, width);
+      for (int group = 0; group < width; group += kGroup) {
+        planes.fill_from(copy.rows, group, kNegativeInfinity, TileFetcher(rows, num_rows, column + group));
+        planes.select(trim, &low);
+        planes.select(num_rows - 1 - trim, &high);
+        for (int i = 0; i < kGroup; ++i) {
+          to_skip[group + i] = trim - low.below[i];
+          to_take[group + i] = num_rows - trim - high.below[i];
+        }
+        for (int i = 0; i < kGroup; i += kElements) {
+          bounds[(group + i) / kElements].low = load<Lane>(low.key + i);
+          bounds[(group + i) / kElements].high = load<Lane>(high.key + i);
+        }
       }
 
       consumer.begin(column, width);
       // As many rows at a time as 16-bit lanes can count.
       constexpr std::int64_t kAtATime = 16384;
       for (std::int64_t first = 0; first < num_rows; first += kAtATime) {
-        for (int i = 0; i < kGroup; ++i) {
-          skip[i] = static_cast<Lane>(least(to_skip[i], kAtATime));
-          take[i] = static_cast<Lane>(least(to_take[i], kAtATime));
+        const int vectors = (width + kElements - 1) / kElements;
+        for (int vector = 0; vector < vectors; ++vector) {
+          alignas(kVectorBytes) Lane skip[kElements], take[kElements];
+          for (int i = 0; i < kElements; ++i) {
+            skip[i] = static_cast<Lane>(least(to_skip[vector * kElements + i], kAtATime));
+            take[i] = static_cast<Lane>(least(to_take[vector * kElements + i], kAtATime));
+          }
+          bounds[vector].skip = load<Lane>(skip);
+          bounds[vector].take = load<Lane>(take);
         }
-        for (int vector = 0; vector < Layout::kVectors; ++vector) {
-          const int at = vector * kElements;
-          bounds[vector] = {load<Lane>(low.key + at), load<Lane>(high.key + at),
-                            load<Lane>(skip + at), load<Lane>(take + at)};
-        }
-        KeptRows{copy.values + first * kGroup, kGroup, first, least(num_rows - first, kAtATime),
-                 column, width, bounds, true}
+        KeptRows{copy.values + first * kColumns, first, least(num_rows - first, kAtATime), column, width, bounds, true}
             .give_to(consumer);
-        for (int i = 0; i < kGroup; ++i) {
+        if (num_rows - first <= kAtATime) break;
+        for (int i = 0; i < vectors * kElements; ++i) {
           const Bounds& left = bounds[i / kElements];
-          to_skip[i] -= skip[i] - left.skip[i % kElements];
-          to_take[i] -= take[i] - left.take[i % kElements];
+          to_skip[i] -= least(to_skip[i], kAtATime) - left.skip[i % kElements];
+          to_take[i] -= least(to_take[i], kAtATime) - left.take[i % kElements];
         }
       }
       consumer.end(column, width);
@@ -640,27 +638,24 @@ struct OrderStatistics {
 
   // ---- The kernels --------------------------------------------------------------------------------------------------
 
-  static void trimmed_mean(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
-                           std::int64_t trim, void* out) {
+  static void trimmed_mean(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                           void* out) {
     const auto by = num_rows <= kRows ? trimmed_mean_by_network : trimmed_mean_by_radix;
     by(rows, num_rows, columns, trim, static_cast<Accumulator*>(out));
   }
 
-  static void selected_mean(const void* const* rows, const void* const* tangents,
-                            std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
-                            void* out) {
+  static void selected_mean(const void* const* rows, const void* const* tangents, std::int64_t num_rows,
+                            std::int64_t columns, std::int64_t trim, void* out) {
     TangentSum consumer{tangents, num_rows - 2 * trim, static_cast<Accumulator*>(out), {}};
-    const auto by =
-        num_rows <= kRows ? select_by_network<TangentSum> : select_by_radix<TangentSum>;
+    const auto by = num_rows <= kRows ? select_by_network<TangentSum> : select_by_radix<TangentSum>;
     by(rows, num_rows, columns, trim, consumer);
   }
 
-  static void spread(const void* const* rows, const void* cotangent, std::int64_t num_rows,
-                     std::int64_t columns, std::int64_t trim, void* const* out) {
-    CotangentSpread consumer{static_cast<const Accumulator*>(cotangent), num_rows - 2 * trim, out,
-                             should_stream(out, num_rows), {}};
-    const auto by =
-        num_rows <= kRows ? select_by_network<CotangentSpread> : select_by_radix<CotangentSpread>;
+  static void spread(const void* const* rows, const void* cotangent, std::int64_t num_rows, std::int64_t columns,
+                     std::int64_t trim, void* const* out) {
+    CotangentSpread consumer{
+        static_cast<const Accumulator*>(cotangent), num_rows - 2 * trim, out, should_stream(out, num_rows), {}};
+    const auto by = num_rows <= kRows ? select_by_network<CotangentSpread> : select_by_radix<CotangentSpread>;
     by(rows, num_rows, columns, trim, consumer);
     if (consumer.streams) stream_fence();
   }

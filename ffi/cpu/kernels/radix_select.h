@@ -31,20 +31,22 @@ FEDFUSE_INLINE void exchange(Words& a, Words& b, std::uint32_t lower_half) {
   b = swapped;
 }
 
-// Transposes kSize x kSize bits, in every kSize bits of the lanes of kSize vectors.
-template <int kSize>
-FEDFUSE_INLINE void transpose_bits(Words* words) {
+// Transposes kSize x kSize bits, in every kSize bits of the lanes: row(i) gives what has row i of all the matrices,
+// put(i, words) takes their column i. In two steps, for the registers.
+template <int kSize, typename Row, typename Put>
+FEDFUSE_INLINE void transpose_bits(Row row, Put put) {
+  Words words[kSize];
   for (int i = 0; i < 8; ++i) {
+    Words a = row(i), b = row(i + 8);
     if constexpr (kSize == 32) {
-      Words a = words[i], b = words[i + 8], c = words[i + 16], d = words[i + 24];
+      Words c = row(i + 16), d = row(i + 24);
       exchange<16>(a, c, 0x0000ffffu);
       exchange<16>(b, d, 0x0000ffffu);
-      exchange<8>(a, b, 0x00ff00ffu);
       exchange<8>(c, d, 0x00ff00ffu);
-      words[i] = a, words[i + 8] = b, words[i + 16] = c, words[i + 24] = d;
-    } else {
-      exchange<8>(words[i], words[i + 8], 0x00ff00ffu);
+      words[i + 16] = c, words[i + 24] = d;
     }
+    exchange<8>(a, b, 0x00ff00ffu);
+    words[i] = a, words[i + 8] = b;
   }
   for (int i = 0; i < kSize; i += 8) {
     Words a = words[i], b = words[i + 1], c = words[i + 2], d = words[i + 3];
@@ -61,13 +63,14 @@ FEDFUSE_INLINE void transpose_bits(Words* words) {
     exchange<1>(c, d, 0x55555555u);
     exchange<1>(e, f, 0x55555555u);
     exchange<1>(g, h, 0x55555555u);
-    words[i] = a, words[i + 1] = b, words[i + 2] = c, words[i + 3] = d;
-    words[i + 4] = e, words[i + 5] = f, words[i + 6] = g, words[i + 7] = h;
+    put(i, a), put(i + 1, b), put(i + 2, c), put(i + 3, d);
+    put(i + 4, e), put(i + 5, f), put(i + 6, g), put(i + 7, h);
   }
 }
 
 // How the keys of a group of columns lie in 32-bit words. A group has kBatches * kWordLanes columns; the words of one
-// batch are selected in together.
+// batch are searched together. make_planes(keys, put) transposes 32 rows: keys(row, vector) gives their unsigned keys,
+// put(batch * kPlanes + plane, words) takes the planes.
 template <typename Lane>
 struct GroupLayout;
 
@@ -77,16 +80,12 @@ struct GroupLayout<std::int32_t> {
   static constexpr int kBatches = 1;
   static constexpr int kPlanes = 32;
 
-  static constexpr int batch(int) { return 0; }
-  static constexpr int lane(int column) { return column; }
+  static constexpr int column(int, int lane) { return lane; }
 
-  // Turns the unsigned keys of 32 rows into planes: words[batch * kPlanes + plane].
-  static FEDFUSE_INLINE void make_planes(Words* words) { transpose_bits<32>(words); }
-
-  // Puts row `row` of 32 where make_planes wants it.
-  static FEDFUSE_INLINE void place(const Vector<std::int32_t> keys[kVectors], int row,
-                                   Words* words) {
-    words[row] = bits_as<std::uint32_t>(keys[0]);
+  template <typename KeysOf, typename Put>
+  static FEDFUSE_INLINE void make_planes(KeysOf keys, Put put) {
+    transpose_bits<32>(
+        [&](int row) __attribute__((always_inline)) { return keys(row, 0); }, put);
   }
 };
 
@@ -97,22 +96,21 @@ struct GroupLayout<std::int16_t> {
   static constexpr int kBatches = 2;
   static constexpr int kPlanes = 16;
 
-  static constexpr int batch(int column) { return column % 2; }
-  static constexpr int lane(int column) { return column / 2; }
+  static constexpr int column(int batch, int lane) { return 2 * lane + batch; }
 
-  static FEDFUSE_INLINE void make_planes(Words* words) {
-    for (int row = 0; row < 16; ++row) {
-      const Words a = words[row], b = words[row + 16];
-      words[row] = select_bits(fill(0xffff0000u), a, b << 16);
-      words[row + 16] = select_bits(fill(0xffff0000u), a >> 16, b);
-    }
-    transpose_bits<16>(words);
-    transpose_bits<16>(words + 16);
-  }
-
-  static FEDFUSE_INLINE void place(const Vector<std::int16_t> keys[kVectors], int row,
-                                   Words* words) {
-    words[row] = bits_as<std::uint32_t>(keys[0]);
+  template <typename KeysOf, typename Put>
+  static FEDFUSE_INLINE void make_planes(KeysOf keys, Put put) {
+    Words odd[16];
+    transpose_bits<16>(
+        [&](int row) __attribute__((always_inline)) {
+          const Words a = keys(row, 0), b = keys(row + 16, 0);
+          odd[row] = select_bits(fill(0xffff0000u), a >> 16, b);
+          return select_bits(fill(0xffff0000u), a, b << 16);
+        },
+        put);
+    transpose_bits<16>(
+        [&](int row) __attribute__((always_inline)) { return odd[row]; },
+        [&](int plane, Words words) __attribute__((always_inline)) { put(kPlanes + plane, words); });
   }
 };
 
@@ -124,27 +122,29 @@ struct GroupLayout<std::int64_t> {
   static constexpr int kBatches = 1;
   static constexpr int kPlanes = 64;
 
-  static constexpr int batch(int) { return 0; }
-  static constexpr int lane(int column) {
-    return 2 * (column % (kWordLanes / 2)) + column / (kWordLanes / 2);
-  }
+  static constexpr int column(int, int lane) { return lane / 2 + lane % 2 * (kWordLanes / 2); }
 
-  static FEDFUSE_INLINE void make_planes(Words* words) {
-    transpose_bits<32>(words);
-    transpose_bits<32>(words + 32);
-  }
-
-  static FEDFUSE_INLINE void place(const Vector<std::int64_t> keys[kVectors], int row,
-                                   Words* words) {
-    const Vector<std::uint64_t> a = bits_as<std::uint64_t>(keys[0]);
-    const Vector<std::uint64_t> b = bits_as<std::uint64_t>(keys[1]);
-    words[row] = bits_as<std::uint32_t>((a & 0xffffffffu) | (b << 32));
-    words[row + 32] = bits_as<std::uint32_t>((a >> 32) | (b & ~std::uint64_t{0xffffffffu}));
+  template <typename KeysOf, typename Put>
+  static FEDFUSE_INLINE void make_planes(KeysOf keys, Put put) {
+    using Wide = Vector<std::uint64_t>;
+    const Wide lower = fill(std::uint64_t{0xffffffffu});
+    Words upper_words[32];
+    transpose_bits<32>(
+        [&](int row) __attribute__((always_inline)) {
+          const Wide a = bits_as<std::uint64_t>(keys(row, 0));
+          const Wide b = bits_as<std::uint64_t>(keys(row, 1));
+          upper_words[row] = bits_as<std::uint32_t>((a >> 32) | (b & ~lower));
+          return bits_as<std::uint32_t>((a & lower) | (b << 32));
+        },
+        put);
+    transpose_bits<32>(
+        [&](int row) __attribute__((always_inline)) { return upper_words[row]; },
+        [&](int plane, Words words) __attribute__((always_inline)) { put(32 + plane, words); });
   }
 };
 
 template <typename Lane>
-constexpr int kGroupColumns = kWordLanes * GroupLayout<Lane>::kBatches;
+constexpr int kGroupColumns = kWordLanes* GroupLayout<Lane>::kBatches;
 
 // What is known of the value of some rank in each column of a group.
 template <typename Lane>
@@ -160,58 +160,45 @@ class BitPlanes {
  public:
   using Layout = GroupLayout<Lane>;
 
-  static std::int64_t blocks_of(std::int64_t num_rows) {
-    return (num_rows + kBlockRows - 1) / kBlockRows;
-  }
-
   // Vectors of scratch needed.
-  static std::int64_t scratch_words(std::int64_t num_rows) {
-    return blocks_of(num_rows) * (Layout::kBatches * Layout::kPlanes + 1);
-  }
+  static std::int64_t scratch_words(std::int64_t num_rows) { return stride_of(num_rows) * (kBatchPlanes + 1); }
 
   BitPlanes(std::int64_t num_rows, Words* scratch)
       : num_rows_(num_rows),
         blocks_(blocks_of(num_rows)),
+        stride_(stride_of(num_rows)),
         candidates_(scratch),
-        planes_(scratch + blocks_) {}
+        planes_(scratch + stride_) {}
 
   // Transposes the group of columns that begins at `column`. before_row(row) is called on the way.
   template <typename BeforeRow>
-  void fill_from(const void* const* rows, std::int64_t column, Lane negative_infinity,
-                 BeforeRow before_row) {
+  void fill_from(const void* const* rows, std::int64_t column, Lane negative_infinity, BeforeRow before_row) {
     const Vector<Lane> lowest = fill<Lane>(negative_infinity);
-    // Signed to unsigned order.
     const Vector<Lane> sign = fill<Lane>(static_cast<Lane>(~kGreatestKey<Lane>));
+    const std::int64_t stride = stride_, num_rows = num_rows_;
     for (std::int64_t block = 0; block < blocks_; ++block) {
-      Words words[kBatchPlanes] = {};
-      const std::int64_t first = block * kBlockRows;
-      const int count = static_cast<int>(num_rows_ - first < kBlockRows ? num_rows_ - first : kBlockRows);
-      for (int row = 0; row < count; ++row) {
-        before_row(first + row);
-        const Lane* const values = static_cast<const Lane*>(rows[first + row]) + column;
-        Vector<Lane> keys[Layout::kVectors];
-        for (int vector = 0; vector < Layout::kVectors; ++vector) {
-          keys[vector] =
-              value_keys<Lane>(load<Lane>(values + vector * kLanes<Lane>), lowest) ^ sign;
-        }
-        Layout::place(keys, row, words);
-      }
-      Layout::make_planes(words);
-      for (int plane = 0; plane < kBatchPlanes; ++plane) {
-        planes_[plane * blocks_ + block] = words[plane];
-      }
+      Words* const planes = planes_ + block;
+      Layout::make_planes(
+          [&](int row, int vector) __attribute__((always_inline)) {
+            std::int64_t index = block * kBlockRows + row;
+            // In the last block the last row stands for those that are not there; they will be no candidates.
+            if (index >= num_rows) index = num_rows - 1;
+            if (vector == 0) before_row(index);
+            const Lane* const values = static_cast<const Lane*>(rows[index]) + column + vector * kLanes<Lane>;
+            // From signed to unsigned order by the sign bit.
+            return bits_as<std::uint32_t>(value_keys<Lane>(load<Lane>(values), lowest) ^ sign);
+          },
+          [&](int plane, Words words) __attribute__((always_inline)) { planes[plane * stride] = words; });
     }
   }
 
   // Finds the value of this rank in each column.
   void select(std::int64_t rank, RankedValues<Lane>* result) {
     for (int batch = 0; batch < Layout::kBatches; ++batch) {
-      Words key[(Layout::kPlanes + 31) / 32], below, equal;
-      select_in(planes_ + batch * Layout::kPlanes * blocks_, static_cast<std::uint32_t>(rank), key,
-                &below, &equal);
-      for (int column = 0; column < kGroupColumns<Lane>; ++column) {
-        if (Layout::batch(column) != batch) continue;
-        const int lane = Layout::lane(column);
+      Words key[kKeyWords], below, equal;
+      search(planes_ + batch * Layout::kPlanes * stride_, static_cast<std::uint32_t>(rank), key, &below, &equal);
+      for (int lane = 0; lane < kWordLanes; ++lane) {
+        const int column = Layout::column(batch, lane);
         std::uint64_t bits = key[0][lane];
         if constexpr (Layout::kPlanes == 64) bits |= std::uint64_t{key[1][lane]} << 32;
         result->key[column] = static_cast<Lane>(static_cast<Lane>(bits) ^ ~kGreatestKey<Lane>);
@@ -222,42 +209,64 @@ class BitPlanes {
   }
 
  private:
+  static constexpr int kKeyWords = (Layout::kPlanes + 31) / 32;
   static constexpr int kBatchPlanes = Layout::kBatches * Layout::kPlanes;
 
-  void select_in(const Words* planes, std::uint32_t rank, Words* key, Words* below, Words* equal) {
-    for (std::int64_t block = 0; block < blocks_; ++block) candidates_[block] = ~Words{};
-    const int rest = static_cast<int>(num_rows_ % kBlockRows);
-    if (rest != 0) candidates_[blocks_ - 1] = fill((std::uint32_t{1} << rest) - 1);
+  static std::int64_t blocks_of(std::int64_t num_rows) { return (num_rows + kBlockRows - 1) / kBlockRows; }
+  // Odd: planes a power of two apart would compete for the same places in the cache.
+  static std::int64_t stride_of(std::int64_t num_rows) { return blocks_of(num_rows) | 1; }
 
-    // Each pass narrows the candidates by the plane before it, of which `flip` says which bits stay: those that
-    // differ from it.
-    Words remaining = fill(rank);
+  // Finds the key of this rank, 32 bits a word, and how many are below and equal.
+  void search(const Words* planes, std::uint32_t rank, Words* key, Words* below, Words* equal) {
+    Words* const candidates = candidates_;
+    const std::int64_t blocks = blocks_;
+    const int rest = static_cast<int>(num_rows_ % kBlockRows);
+    for (std::int64_t block = 0; block < blocks; ++block) candidates[block] = ~Words{};
+    if (rest != 0) candidates[blocks - 1] = fill((std::uint32_t{1} << rest) - 1);
+
+    // Each pass first narrows the candidates to those whose bit in the plane before differs from `flip`.
+    Words remaining = fill(rank), flip{};
     const Words* previous = nullptr;
-    Words flip{};
-    for (int plane = Layout::kPlanes - 1; plane >= 0; --plane) {
-      const Words* const current = planes + plane * blocks_;
-      Words zeros{};
-      for (std::int64_t block = 0; block < blocks_; ++block) {
-        if (previous != nullptr) candidates_[block] &= previous[block] ^ flip;
-        zeros += count_bits(candidates_[block] & ~current[block]);
-      }
+    const auto decide = [&](int plane, Words zeros) {
       const Words is_one = bits_as<std::uint32_t>(remaining >= zeros);
       remaining -= zeros & is_one;
-      key[plane / 32] = (plane % 32 == 31 || plane == Layout::kPlanes - 1 ? Words{} : key[plane / 32] << 1) - is_one;
+      Words* const word = key + plane / 32;
+      *word = (*word << 1) - is_one;
       flip = ~is_one;
-      previous = current;
+      previous = planes + plane * stride_;
+    };
+    for (int word = 0; word < kKeyWords; ++word) key[word] = Words{};
+    {
+      const Words* const top = planes + (Layout::kPlanes - 1) * stride_;
+      Words zeros{};
+      for (std::int64_t block = 0; block < blocks; ++block) {
+        zeros += count_bits(candidates[block] & ~top[block]);
+      }
+      decide(Layout::kPlanes - 1, zeros);
     }
-    *equal = Words{};
-    for (std::int64_t block = 0; block < blocks_; ++block) {
-      *equal += count_bits(candidates_[block] & (previous[block] ^ flip));
+    for (int plane = Layout::kPlanes - 2; plane >= 0; --plane) {
+      const Words* const current = planes + plane * stride_;
+      Words zeros{};
+      for (std::int64_t block = 0; block < blocks; ++block) {
+        const Words narrowed = candidates[block] & (previous[block] ^ flip);
+        candidates[block] = narrowed;
+        zeros += count_bits(narrowed & ~current[block]);
+      }
+      decide(plane, zeros);
     }
+    Words left{};
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      left += count_bits(candidates[block] & (previous[block] ^ flip));
+    }
+    *equal = left;
     *below = rank - remaining;
   }
 
   std::int64_t num_rows_;
   std::int64_t blocks_;
+  std::int64_t stride_;
   Words* candidates_;
-  Words* planes_;  // [batch][plane][block]
+  Words* planes_;  // [batch][plane][block], planes stride_ apart
 };
 
 }  // namespace

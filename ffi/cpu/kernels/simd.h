@@ -109,15 +109,11 @@ FEDFUSE_INLINE Vector<std::uint32_t> count_bits(Vector<std::uint32_t> x) {
   const __m256i nibbles = _mm256_set1_epi8(15);
   const __m256i bits = reinterpret_cast<__m256i>(x);
   const __m256i low = _mm256_shuffle_epi8(of_nibble, _mm256_and_si256(bits, nibbles));
-  const __m256i high =
-      _mm256_shuffle_epi8(of_nibble, _mm256_and_si256(_mm256_srli_epi32(bits, 4), nibbles));
-  const __m256i pairs =
-      _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
-  return reinterpret_cast<Vector<std::uint32_t>>(
-      _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  const __m256i high = _mm256_shuffle_epi8(of_nibble, _mm256_and_si256(_mm256_srli_epi32(bits, 4), nibbles));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_add_epi8(low, high), _mm256_set1_epi8(1));
+  return reinterpret_cast<Vector<std::uint32_t>>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #elif defined(__ARM_NEON)
-  return reinterpret_cast<Vector<std::uint32_t>>(
-      vpaddlq_u16(vpaddlq_u8(vcntq_u8(reinterpret_cast<uint8x16_t>(x)))));
+  return reinterpret_cast<Vector<std::uint32_t>>(vpaddlq_u16(vpaddlq_u8(vcntq_u8(reinterpret_cast<uint8x16_t>(x)))));
 #else
   x = x - ((x >> 1) & 0x55555555u);
   x = (x & 0x33333333u) + ((x >> 2) & 0x33333333u);
@@ -128,13 +124,11 @@ FEDFUSE_INLINE Vector<std::uint32_t> count_bits(Vector<std::uint32_t> x) {
 }
 
 // (x & ~mask) | (y & mask)
-FEDFUSE_INLINE Vector<std::uint32_t> select_bits(Vector<std::uint32_t> mask,
-                                                 Vector<std::uint32_t> x,
+FEDFUSE_INLINE Vector<std::uint32_t> select_bits(Vector<std::uint32_t> mask, Vector<std::uint32_t> x,
                                                  Vector<std::uint32_t> y) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vector<std::uint32_t>>(
-      _mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(x),
-                                reinterpret_cast<__m512i>(y), 0xac));
+  return reinterpret_cast<Vector<std::uint32_t>>(_mm512_ternarylogic_epi32(
+      reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y), 0xac));
 #else
   return x ^ ((x ^ y) & mask);
 #endif
@@ -161,8 +155,7 @@ FEDFUSE_INLINE typename HalfOf<Lane>::Native half_of(Vector<Lane> lanes, bool up
 
 // A half of the lanes as unsigned integers in lanes twice as wide.
 FEDFUSE_INLINE Vector<std::uint32_t> widen_half(Vector<std::int16_t> lanes, bool upper) {
-  return __builtin_convertvector(half_of<std::uint16_t>(bits_as<std::uint16_t>(lanes), upper),
-                                 Vector<std::uint32_t>);
+  return __builtin_convertvector(half_of<std::uint16_t>(bits_as<std::uint16_t>(lanes), upper), Vector<std::uint32_t>);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // Tests every kernel for order statistics, of every instruction set that this processor has, against a stable sort.
 // Needs nothing but the kernels: also for sanitizers and emulators. An argument other than 0 makes it brief.
+#include "cpu/kernels/order_statistics.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,7 +15,6 @@
 #include <vector>
 
 #include "contract/types.h"
-#include "cpu/kernels/order_statistics.h"
 #include "math/half.h"
 #include "math/ordered_keys.h"
 
@@ -39,8 +40,8 @@ double decode(std::uint64_t bits, int exponent_bits, int fraction_bits) {
     return fraction != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
   }
   if (exponent == 0) return sign * std::ldexp(static_cast<double>(fraction), 1 - bias - fraction_bits);
-  return sign * std::ldexp(static_cast<double>(fraction | std::uint64_t{1} << fraction_bits),
-                           exponent - bias - fraction_bits);
+  return sign *
+         std::ldexp(static_cast<double>(fraction | std::uint64_t{1} << fraction_bits), exponent - bias - fraction_bits);
 }
 
 template <Type type>
@@ -123,8 +124,7 @@ typename Format<type>::Bits random_element(std::mt19937_64& random, int pattern)
   using Bits = typename Format<type>::Bits;
   constexpr int kFraction = Format<type>::kFraction;
   constexpr int kSign = kFraction + Format<type>::kExponent;
-  constexpr Bits kInfinity =
-      static_cast<Bits>(((std::uint64_t{1} << Format<type>::kExponent) - 1) << kFraction);
+  constexpr Bits kInfinity = static_cast<Bits>(((std::uint64_t{1} << Format<type>::kExponent) - 1) << kFraction);
   const auto sign = static_cast<Bits>((random() & 1) << kSign);
   const double normal = std::normal_distribution<double>()(random);
   switch (pattern % 8) {
@@ -135,9 +135,13 @@ typename Format<type>::Bits random_element(std::mt19937_64& random, int pattern)
       return Format<type>::encode(kValues[random() % 5]);
     }
     case 2: {  // all kinds
-      const Bits kinds[] = {0, 1, static_cast<Bits>(random() % (1u << 7)), kInfinity,
+      const Bits kinds[] = {0,
+                            1,
+                            static_cast<Bits>(random() % (1u << 7)),
+                            kInfinity,
                             static_cast<Bits>(kInfinity + 1 + random() % 3),
-                            static_cast<Bits>(kInfinity - 1), Format<type>::encode(1)};
+                            static_cast<Bits>(kInfinity - 1),
+                            Format<type>::encode(1)};
       return sign | kinds[random() % 7];
     }
     case 3:  // the greatest finite value
@@ -149,9 +153,8 @@ typename Format<type>::Bits random_element(std::mt19937_64& random, int pattern)
     case 6:  // large values whose sum may overflow
       return sign | static_cast<Bits>(kInfinity - 1 - random() % 4);
     default:  // NaNs here and there
-      return random() % 4 == 0
-                 ? static_cast<Bits>(sign | kInfinity | 1)
-                 : Format<type>::encode(static_cast<typename Format<type>::Accumulator>(normal));
+      return random() % 4 == 0 ? static_cast<Bits>(sign | kInfinity | 1)
+                               : Format<type>::encode(static_cast<typename Format<type>::Accumulator>(normal));
   }
 }
 
@@ -186,8 +189,7 @@ bool is_mean(Accumulator got, const std::vector<double>& values) {
     return got == (std::isinf(plain) ? a * Accumulator{0.5} + b * Accumulator{0.5} : plain);
   }
   using Limits = std::numeric_limits<Accumulator>;
-  const long double tolerance =
-      Limits::epsilon() * (2 + count / 4) * magnitude / count + Limits::denorm_min();
+  const long double tolerance = Limits::epsilon() * (2 + count / 4) * magnitude / count + Limits::denorm_min();
   return std::isfinite(got) && std::fabs(got - sum / count) <= tolerance;
 }
 
@@ -199,10 +201,13 @@ struct InstructionSet {
 };
 
 std::vector<InstructionSet> instruction_sets() {
-#define FEDFUSE_KERNELS(isa)                                                 \
-  {#isa,                                                                     \
-   {&isa::order_statistics_float32, &isa::order_statistics_float64,          \
-    &isa::order_statistics_bfloat16, &isa::order_statistics_float16}}
+#define FEDFUSE_KERNELS(isa)                                                                           \
+  {                                                                                                    \
+#isa, {                                                                                            \
+      &isa::order_statistics_float32, &isa::order_statistics_float64, &isa::order_statistics_bfloat16, \
+          &isa::order_statistics_float16                                                               \
+    }                                                                                                  \
+  }
   std::vector<InstructionSet> sets = {FEDFUSE_KERNELS(baseline)};
 #if defined(__x86_64__)
   const auto with_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -219,8 +224,8 @@ std::vector<InstructionSet> instruction_sets() {
 }
 
 template <Type type>
-void check_case(const std::vector<InstructionSet>& sets, std::int64_t num_rows,
-                std::int64_t columns, std::int64_t trim, unsigned seed) {
+void check_case(const std::vector<InstructionSet>& sets, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+                unsigned seed) {
   using Bits = typename Format<type>::Bits;
   using Accumulator = typename Format<type>::Accumulator;
   std::mt19937_64 random(seed);
@@ -252,14 +257,13 @@ void check_case(const std::vector<InstructionSet>& sets, std::int64_t num_rows,
   std::vector<Accumulator> first_means;
   for (const InstructionSet& set : sets) {
     const OrderStatisticKernels& kernels = *set.kernels[static_cast<int>(type)];
-    const std::string where = std::string(set.name) + " " + Format<type>::kName + " n=" +
-                              std::to_string(num_rows) + " d=" + std::to_string(columns) +
-                              " trim=" + std::to_string(trim) + " seed=" + std::to_string(seed);
+    const std::string where = std::string(set.name) + " " + Format<type>::kName + " n=" + std::to_string(num_rows) +
+                              " d=" + std::to_string(columns) + " trim=" + std::to_string(trim) +
+                              " seed=" + std::to_string(seed);
 
     std::vector<Accumulator> means(columns), tangent_means(columns);
     kernels.trimmed_mean(rows.inputs(), num_rows, columns, trim, means.data());
-    kernels.selected_mean(rows.inputs(), tangents.inputs(), num_rows, columns, trim,
-                          tangent_means.data());
+    kernels.selected_mean(rows.inputs(), tangents.inputs(), num_rows, columns, trim, tangent_means.data());
     Rows<Bits> spread(num_rows, columns);
     kernels.spread(rows.inputs(), cotangent.data(), num_rows, columns, trim, spread.outputs());
 
@@ -275,8 +279,7 @@ void check_case(const std::vector<InstructionSet>& sets, std::int64_t num_rows,
       }
     }
     expect(wrong_means == 0, "trimmed_mean " + where + " wrong: " + std::to_string(wrong_means));
-    expect(wrong_tangents == 0,
-           "selected_mean " + where + " wrong: " + std::to_string(wrong_tangents));
+    expect(wrong_tangents == 0, "selected_mean " + where + " wrong: " + std::to_string(wrong_tangents));
     expect(wrong_spreads == 0, "spread " + where + " wrong: " + std::to_string(wrong_spreads));
 
     // Pure selections have the same bits on all sets.
@@ -296,8 +299,8 @@ void check_case(const std::vector<InstructionSet>& sets, std::int64_t num_rows,
 
 // Rows of one allocation, a power of two apart, with outputs large and aligned enough for streaming stores.
 template <Type type>
-void check_large_spread(const std::vector<InstructionSet>& sets, std::int64_t num_rows,
-                        std::int64_t columns, std::int64_t trim) {
+void check_large_spread(const std::vector<InstructionSet>& sets, std::int64_t num_rows, std::int64_t columns,
+                        std::int64_t trim) {
   using Bits = typename Format<type>::Bits;
   using Accumulator = typename Format<type>::Accumulator;
   std::mt19937_64 random(1);
@@ -316,8 +319,7 @@ void check_large_spread(const std::vector<InstructionSet>& sets, std::int64_t nu
   const std::vector<Accumulator> cotangent(columns, 1);
   std::vector<Bits> expected;
   for (const InstructionSet& set : sets) {
-    set.kernels[static_cast<int>(type)]->spread(rows.data(), cotangent.data(), num_rows, columns,
-                                                trim, out.data());
+    set.kernels[static_cast<int>(type)]->spread(rows.data(), cotangent.data(), num_rows, columns, trim, out.data());
     const std::vector<Bits> got(result, result + num_rows * columns);
     if (expected.empty()) {
       expected = got;
@@ -341,8 +343,7 @@ void check_type(const std::vector<InstructionSet>& sets, bool brief) {
       }
     }
   }
-  for (const std::int64_t num_rows :
-       {41, 48, 63, 64, 65, 80, 96, 97, 100, 127, 128, 129, 160, 200, 257, 1000, 3000}) {
+  for (const std::int64_t num_rows : {41, 48, 63, 64, 65, 80, 96, 97, 100, 127, 128, 129, 160, 200, 257, 1000, 3000}) {
     const std::int64_t median = (num_rows - 1) / 2, fifth = num_rows / 5;
     for (const std::int64_t trim : {std::int64_t{0}, std::int64_t{1}, fifth, fifth + 1, median - 1, median}) {
       for (const std::int64_t columns : {1, 17, 100}) {
@@ -442,6 +443,4 @@ int main_of_test(bool brief) {
 }  // namespace
 }  // namespace fedfuse
 
-int main(int argc, char** argv) {
-  return fedfuse::main_of_test(argc > 1 && std::strcmp(argv[1], "0") != 0);
-}
+int main(int argc, char** argv) { return fedfuse::main_of_test(argc > 1 && std::strcmp(argv[1], "0") != 0); }

@@ -1,0 +1,236 @@
+"""The command line: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks import machine, measure, operations, report
+from benchmarks.operations import ROWS, Problem, Row
+
+DEFAULT_OUTPUT = Path(__file__).parent / "results"
+
+
+class Task(NamedTuple):
+    """One measurement to make; without a problem: the price of a call."""
+
+    row: Row
+    problem: Problem | None
+
+    @property
+    def label(self) -> str:
+        """For the progress lines."""
+        return f"{self.row.name} {self.problem.label if self.problem else 'call overhead'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmarks; the exit status is 1 when a contender was wrong, ours included."""
+    options = _parse(arguments)
+    if options.table:
+        print(report.markdown(report.load(options.table)), end="")
+        return 0
+    platform = "gpu" if options.gpu else "cpu"
+    if options.gpu and jax.default_backend() != "gpu":
+        sys.exit(f"benchmarks: --gpu needs a GPU that JAX can use; JAX has only {jax.default_backend()} here")
+    if not options.gpu:
+        jax.config.update("jax_platforms", "cpu")
+
+    result = measure_all(options, platform)
+    report.show(result)
+    path = output_path(options.output, result)
+    print(f"Results: {path}")
+    if machine.is_importable("matplotlib"):
+        report.plot(result, path.with_suffix(".png"))
+        print(f"Plot: {path.with_suffix('.png')}")
+    return int(any(row["errors"] for row in result["rows"]))
+
+
+def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
+    """Measures what the options ask for, and saves after every row."""
+    result = _new_report(options, platform)
+    path = output_path(options.output, result)
+    if options.resume and path.exists():
+        earlier = report.load(path)
+        result |= {"rows": earlier["rows"], "overhead": earlier["overhead"]}
+    for line in result["skipped"]:
+        print(f"benchmarks: {line}")
+    has_torch = machine.is_importable("torch")
+    for task in _with_progress([task for task in tasks(options, platform) if not _is_done(task, result)]):
+        if task.problem is None:
+            overhead = measure.measure_overhead(task.row, platform=platform, repetitions=options.repetitions)
+            result["overhead"].append(overhead)
+        else:
+            measured = measure.measure_row(
+                task.row,
+                task.problem,
+                platform=platform,
+                repetitions=options.repetitions,
+                patience=options.patience,
+                has_torch=has_torch,
+            )
+            result["rows"].append(measured)
+        report.save(result, path)
+    return result
+
+
+def tasks(options: argparse.Namespace, platform: str) -> list[Task]:
+    """Every measurement the options ask for, in the order of the table."""
+    chosen = [row for row in ROWS if not options.operations or {row.name, row.operation} & set(options.operations)]
+    measurements = [Task(row, problem) for row in chosen for problem in problems(row, options, platform)]
+    return measurements + [Task(row, None) for row in chosen if not row.variant]
+
+
+def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Problem, ...]:
+    """The row's own sizes, or those the options put in their place."""
+    own = row.gpu_problems if platform == "gpu" else row.problems
+    if options.shapes:
+        dtypes = options.dtypes or ("float32",)
+        replaced = [dataclasses.replace(shape, dtype=dtype) for shape in options.shapes for dtype in dtypes]
+        # A variant is another way to call the operation; what a tree costs is asked of the operation itself.
+        return tuple(dict.fromkeys(shape for shape in replaced if shape.leaves == 1 or not row.variant))
+    if options.quick:
+        trees = tuple(dataclasses.replace(p, parameters=10**5) for p in own if p.leaves > 1)
+        own = (*operations.QUICK_PROBLEMS, *trees) if len({p.clients for p in own}) > 1 else (Problem(1, 10**6), *trees)
+    return tuple(problem for problem in own if not options.dtypes or problem.dtype in options.dtypes)
+
+
+def output_path(folder: Path, result: report.Report) -> Path:
+    """``<date>-<platform>-<device>.json``; a quick run never takes the place of a real one."""
+    device = re.sub(r"[^a-z0-9]+", "-", result["machine"]["device"].lower()).strip("-")
+    quick = "-quick" if result["options"]["quick"] else ""
+    return folder / f"{result['date']}-{result['platform']}-{device}{quick}.json"
+
+
+def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
+    optional = {"torch": "no PyTorch column", "matplotlib": "no plot", "rich": "plain tables"}
+    return {
+        "schema": report.SCHEMA,
+        "date": datetime.date.today().isoformat(),
+        "platform": platform,
+        "machine": machine.describe(),
+        "options": {
+            "repetitions": options.repetitions,
+            "quick": options.quick,
+            "patience": None if math.isinf(options.patience) else options.patience,
+        },
+        "skipped": [
+            f"{name} is not installed: {loss}" for name, loss in optional.items() if not machine.is_importable(name)
+        ],
+        "rows": [],
+        "overhead": [],
+    }
+
+
+def _is_done(task: Task, result: report.Report) -> bool:
+    if task.problem is None:
+        return any(row["row"] == task.row.name for row in result["overhead"])
+    wanted = {"row": task.row.name, **dataclasses.asdict(task.problem)}
+    return any(wanted.items() <= row.items() for row in result["rows"])
+
+
+def _with_progress(todo: Sequence[Task]) -> Iterator[Task]:
+    """A bar on a terminal, a line for each measurement elsewhere."""
+    if not (sys.stdout.isatty() and machine.is_importable("rich")):
+        for number, task in enumerate(todo, 1):
+            print(f"[{number}/{len(todo)}] {task.label}", flush=True)
+            yield task
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: tuple[Any, ...] = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(todo))
+        for task in todo:
+            progress.update(bar, description=task.label)
+            yield task
+            progress.advance(bar)
+
+
+# --- Options --------------------------------------------------------------------------------------------------
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = sorted({row.operation for row in ROWS})
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Times every operation against jax.numpy, NumPy and PyTorch in one process, and against what the "
+        "memory gives in the same run. Writes JSON and a plot, shows a table.",
+        epilog=f"operations: {', '.join(names)}",
+    )
+    parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, about a minute")
+    parser.add_argument("--operations", type=_operations, metavar="A,B", help="only these (or rows, like A/backward)")
+    parser.add_argument("--shapes", type=_shapes, metavar="NxD,…", help="instead of the rows' own: 32x1e6,100x2^20")
+    parser.add_argument("--dtypes", type=_dtypes, metavar="A,B", help="only these dtypes (with --shapes: in each)")
+    parser.add_argument(
+        "--repetitions", type=_positive, metavar="N", help="samples a contender (default: 11, quick: 5)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=math.inf, metavar="S",
+        help="no more samples, after three, of a contender that has used so many seconds (default: no limit)",
+    )  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="the same on a GPU, against jnp and PyTorch there")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that today's JSON file already has")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--table", type=_report_file, metavar="FILE", help="print FILE as markdown; measure nothing")
+    options = parser.parse_args(arguments)
+    options.repetitions = options.repetitions or (5 if options.quick else 11)
+    return options
+
+
+def _operations(text: str) -> tuple[str, ...]:
+    known = {name for row in ROWS for name in (row.name, row.operation)}
+    chosen = tuple(text.split(","))
+    if unknown := [name for name in chosen if name not in known]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, needs names out of: {', '.join(sorted(known))}")
+    return chosen
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    known = ("float32", "bfloat16", "float16")
+    if unknown := [name for name in chosen if name not in known]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, needs names out of: {', '.join(known)}")
+    return chosen
+
+
+def _shapes(text: str) -> tuple[Problem, ...]:
+    found = [re.fullmatch(r"(\d+)x(\d+(?:e\d+)?|2\^\d+)(?:/(\d+))?", part) for part in text.split(",")]
+    if None in found:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs clients x parameters (/leaves), like 32x1e6,10x2^20/100")
+    return tuple(Problem(int(m[1]), _size(m[2]), leaves=int(m[3] or 1)) for m in found if m)
+
+
+def _size(text: str) -> int:
+    return 2 ** int(text[2:]) if text.startswith("2^") else int(float(text))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs a whole number from 1")
+    return int(text)
+
+
+def _report_file(text: str) -> Path:
+    try:
+        report.load(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,437 @@
+"""What is measured: one table, one entry an operation. The goals are those of the project's ``performance.md``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import fedfuse_jax as ff
+from benchmarks import forms
+
+OURS = "fedfuse"
+FLOOR = "floor"
+PEERS = ("jnp natural", "jnp best", "numpy", "torch")
+
+TRIM_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The size of one measurement; more than one leaf: the parameters as a tree, measured against one array."""
+
+    clients: int
+    parameters: int
+    dtype: str = "float32"
+    leaves: int = 1
+
+    @property
+    def large(self) -> bool:
+        """Whether the goals on a CPU speak of it: as float32 it fits no cache."""
+        return self.clients * self.parameters >= 10**7
+
+    @property
+    def label(self) -> str:
+        """Like ``32 x 1e6 float16``."""
+        exponent = len(str(self.parameters)) - 1
+        power = exponent >= 3 and self.parameters == 10**exponent
+        tree = f" in {self.leaves} leaves" if self.leaves > 1 else ""
+        return f"{self.clients} x {f'1e{exponent}' if power else self.parameters} {self.dtype}{tree}"
+
+
+class Goal(NamedTuple):
+    """A ratio to reach: time of a contender over ours, or our fraction of the floor."""
+
+    least: float
+    stretch: float | None = None
+
+
+Goals = Mapping[str, Goal]
+
+
+def goals(
+    natural: float | None = None,
+    best: float | tuple[float, float] | None = None,
+    numpy: float | None = None,
+    torch: float | tuple[float, float] | None = None,
+    floor: float | tuple[float, float] | None = None,
+    **references: float,
+) -> Goals:
+    """Goals by contender; a pair is the least and the stretch."""
+    named = {"jnp natural": natural, "jnp best": best, "numpy": numpy, "torch": torch, FLOOR: floor}
+    named |= {name.replace("_", " "): least for name, least in references.items()}
+    return {
+        name: Goal(*goal) if isinstance(goal, tuple) else Goal(goal) for name, goal in named.items() if goal is not None
+    }
+
+
+class Reference(NamedTuple):
+    """Something of our own to compare our time with: from a row's arguments, a call and its arguments."""
+
+    prepare: Callable[[tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]
+    same_result: bool = True
+
+
+CPU_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6), Problem(1000, 10**5))
+HALF_PROBLEMS = (Problem(32, 10**6, "bfloat16"), Problem(32, 10**6, "float16"))
+TREE_PROBLEM = Problem(32, 10**6, leaves=100)
+GPU_PROBLEMS = (Problem(32, 10**5), Problem(32, 10**6), Problem(128, 10**6), Problem(1024, 10**6), *HALF_PROBLEMS)
+QUICK_PROBLEMS = (Problem(10, 10**5), Problem(32, 10**5))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation, or one variant of it, and everything it is measured against.
+
+    ``arguments`` makes the inputs, inside a jitted computation. All calls take exactly those: jax arrays for ours
+    and the two ``jnp`` forms (which are jitted here), NumPy arrays and tensors for the others.
+    """
+
+    operation: str
+    arguments: Callable[[Problem, Array], tuple[Any, ...]]
+    call: Callable[..., Any]
+    natural: Callable[..., Any] | None = None
+    best: Callable[..., Any] | None = None
+    numpy: Callable[..., Any] | None = None
+    torch: Callable[..., Any] | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    variant: str = ""
+    problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM)
+    gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
+    goals: Callable[[Problem], Goals] = lambda problem: {}
+    gpu_goals: Callable[[Problem], Goals] = lambda problem: goals(natural=1, best=1, torch=1)
+
+    @property
+    def name(self) -> str:
+        """The operation, and after a slash its variant."""
+        return f"{self.operation}/{self.variant}" if self.variant else self.operation
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------
+
+
+def client_updates(problem: Problem, key: Array) -> Array:
+    """Normal updates, no two clients of one float32 coordinate alike: a derivative at ties has several answers."""
+    shape = problem.clients, problem.parameters
+    steps = max(2**20 // problem.clients, 1)
+    whole = jnp.round(jax.random.normal(key, shape) * steps) * problem.clients
+    client = jnp.arange(problem.clients, dtype=jnp.float32)[:, None]
+    return ((whole + client) / 2**20).astype(problem.dtype)
+
+
+def _updates_only(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return (client_updates(problem, key),)
+
+
+def _updates_and_weights(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    return client_updates(problem, first), jax.random.uniform(second, (problem.clients,), minval=0.5, maxval=2)
+
+
+def _updates_and_cotangent(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    return client_updates(problem, first), jax.random.normal(second, (problem.parameters,))
+
+
+def _updates_weights_and_cotangent(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    return *_updates_and_weights(problem, first), jax.random.normal(second, (problem.parameters,))
+
+
+def _updates_and_trim(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return client_updates(problem, key), jnp.int32(int(TRIM_FRACTION * problem.clients))
+
+
+def _updates_and_everybody(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return client_updates(problem, key), jnp.ones(problem.clients, bool)
+
+
+def _running_sum(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    total = jax.random.normal(first, (problem.parameters,))
+    return total, jax.random.normal(second, (problem.parameters,)).astype(problem.dtype), jnp.float32(0.75)
+
+
+def _list_of_clients(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return (list(client_updates(problem, key)),)
+
+
+# --- Our own calls to compare with ----------------------------------------------------------------------------
+
+
+def _forward(operation: Callable[..., Any]) -> Mapping[str, Reference]:
+    """The operation itself, beside its derivative: another result, but the time the derivative is allowed."""
+    return {"forward": Reference(lambda arguments: (operation, arguments[:-1]), same_result=False)}
+
+
+def _float32(operation: Callable[..., Any]) -> Mapping[str, Reference]:
+    return {"own float32": Reference(lambda arguments: (operation, (arguments[0].astype(jnp.float32),)))}
+
+
+def _static(operation: Callable[..., Any]) -> Mapping[str, Reference]:
+    return {"static": Reference(lambda arguments: (operation, arguments[:1]))}
+
+
+def _trimmed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the trim count that the default fraction gives for its updates."""
+    return lambda updates, *rest: function(updates, *rest, trim=int(TRIM_FRACTION * len(updates)))
+
+
+def _halved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the trim count that leaves the middle."""
+    return lambda updates, *rest: function(updates, *rest, trim=(len(updates) - 1) // 2)
+
+
+# --- Goals ----------------------------------------------------------------------------------------------------
+
+_MEDIAN_GOALS = {
+    10: goals(natural=400, best=1.8, numpy=45, torch=100, floor=0.85),
+    32: goals(natural=400, best=2.5, numpy=18, torch=70, floor=0.75),
+    128: goals(natural=300, best=3, numpy=9, torch=35, floor=(0.5, 0.65)),
+    1000: goals(natural=250, best=3, numpy=18, torch=20, floor=(0.4, 0.7)),
+}
+_TRIMMED_MEAN_GOALS = {
+    10: goals(natural=300, best=1.6, numpy=35, torch=70, floor=0.75),
+    32: goals(natural=300, best=2.2, numpy=14, torch=80, floor=0.65),
+    128: goals(natural=250, best=2.5, numpy=7, torch=60, floor=0.45),
+    1000: goals(natural=150, best=2.5, numpy=14, torch=40, floor=0.3),
+}
+
+
+def _one_array_goal(problem: Problem) -> Goals:
+    return goals(one_array=1 / 1.1) if problem.leaves > 1 and problem.large else {}
+
+
+def _order_statistic_goals(by_clients: Mapping[int, Goals]) -> Callable[[Problem], Goals]:
+    def of_problem(problem: Problem) -> Goals:
+        if problem.leaves > 1 or not problem.large:
+            return _one_array_goal(problem)
+        if problem.dtype in ("bfloat16", "float16"):
+            return goals(own_float32=1 / 0.6)
+        return by_clients.get(problem.clients, {})
+
+    return of_problem
+
+
+def _linear_goals(natural: float | None = None) -> Callable[[Problem], Goals]:
+    def of_problem(problem: Problem) -> Goals:
+        if problem.leaves > 1 or not problem.large or problem.parameters < 10**6:
+            return _one_array_goal(problem)
+        if problem.dtype in ("bfloat16", "float16"):
+            return goals(best=(8, 12), torch=5, floor=0.8)
+        best = 1.2 if problem.clients <= 32 else 1.0
+        return goals(natural=natural, best=best, numpy=0.95, torch=1.2, floor=(0.8, 0.9))
+
+    return of_problem
+
+
+def _backward_goals(problem: Problem) -> Goals:
+    return goals(forward=1 / 3) if problem.large else {}
+
+
+def _traced_goals(problem: Problem) -> Goals:
+    return goals(static=1 / 2) if problem.large else {}
+
+
+def _gpu_order_statistic_goals(published_ratio: float) -> Callable[[Problem], Goals]:
+    """At least twice the ratio to PyTorch that was first published, at the size it was published for."""
+
+    def of_problem(problem: Problem) -> Goals:
+        torch = 2 * published_ratio if (problem.clients, problem.parameters) == (32, 10**5) else 1
+        if problem.dtype == "float32":
+            bounds = ((64, 0.8), (128, 0.6), (1024, 0.5))
+            floor = next((fraction for most, fraction in bounds if problem.clients <= most), None)
+        else:
+            floor = 0.65
+        return goals(natural=1, best=1, torch=torch, floor=floor if problem.parameters >= 10**6 else None)
+
+    return of_problem
+
+
+def _gpu_linear_goals(problem: Problem) -> Goals:
+    published = problem == Problem(32, 10**6, "float16")
+    return goals(natural=1, best=1, torch=2 * 5.9 if published else 1)
+
+
+# --- The table ------------------------------------------------------------------------------------------------
+
+_BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
+_ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, leaves=100))
+_LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"), TREE_PROBLEM)
+
+
+def _natural_sum(updates: Array, weights: Array) -> Array:
+    return jnp.sum(weights[:, None] * updates, axis=0)
+
+
+def _best_sum(updates: Array, weights: Array) -> Array:
+    return weights @ updates.astype(jnp.float32)
+
+
+def _natural_median(updates: Array) -> Array:
+    return jnp.median(updates, axis=0)
+
+
+def _natural_trimmed_mean(updates: Array, trim: int) -> Array:
+    return jnp.mean(jnp.sort(updates, axis=0)[trim : len(updates) - trim], axis=0)
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "weighted_sum",
+        _updates_and_weights,
+        ff.weighted_sum,
+        natural=_natural_sum,
+        best=_best_sum,
+        numpy=lambda updates, weights: weights @ forms.wide(updates),
+        torch=lambda updates, weights: weights @ updates.float(),
+        goals=_linear_goals(),
+        gpu_goals=_gpu_linear_goals,
+    ),
+    Row(
+        "weighted_sum",
+        _updates_weights_and_cotangent,
+        forms.backward(ff.weighted_sum, 2),
+        variant="backward",
+        natural=forms.backward(_natural_sum, 2),
+        best=forms.backward(_best_sum, 2),
+        numpy=lambda updates, weights, cotangent: (np.multiply.outer(weights, cotangent), updates @ cotangent),
+        torch=forms.torch_backward(lambda updates, weights: weights @ updates, 2),
+        references=_forward(ff.weighted_sum),
+        problems=_BACKWARD_PROBLEMS,
+        gpu_problems=_BACKWARD_PROBLEMS,
+        goals=_backward_goals,
+    ),
+    Row(
+        "weighted_mean",
+        _updates_only,
+        ff.weighted_mean,
+        natural=lambda updates: jnp.mean(updates, axis=0),
+        best=lambda updates: _best_sum(updates, jnp.ones(len(updates))) / len(updates),
+        numpy=lambda updates: np.ones(len(updates), np.float32) @ forms.wide(updates) / len(updates),
+        torch=lambda updates: updates.float().mean(dim=0),
+        goals=_linear_goals(natural=40),
+    ),
+    Row(
+        "coordinate_median",
+        _updates_only,
+        ff.coordinate_median,
+        natural=_natural_median,
+        best=forms.best_median,
+        numpy=forms.numpy_median,
+        torch=forms.torch_median,
+        references=_float32(ff.coordinate_median),
+        goals=_order_statistic_goals(_MEDIAN_GOALS),
+        gpu_goals=_gpu_order_statistic_goals(3.8),
+    ),
+    Row(
+        "coordinate_median",
+        _updates_and_everybody,
+        lambda updates, where: ff.coordinate_median(updates, where=where),
+        variant="where",
+        references=_static(ff.coordinate_median),
+        problems=CPU_PROBLEMS,
+        goals=_traced_goals,
+        gpu_goals=_traced_goals,
+    ),
+    Row(
+        "coordinate_median",
+        _updates_and_cotangent,
+        forms.backward(ff.coordinate_median),
+        variant="backward",
+        natural=forms.backward(_natural_median),
+        best=_halved(forms.best_spread),
+        numpy=_halved(forms.numpy_spread),
+        torch=forms.torch_backward(forms.torch_median),
+        references=_forward(ff.coordinate_median),
+        problems=_BACKWARD_PROBLEMS,
+        gpu_problems=_BACKWARD_PROBLEMS,
+        goals=_backward_goals,
+    ),
+    Row(
+        "trimmed_mean",
+        _updates_only,
+        functools.partial(ff.trimmed_mean, trim_fraction=TRIM_FRACTION),
+        natural=_trimmed(_natural_trimmed_mean),
+        best=_trimmed(forms.best_trimmed_mean),
+        numpy=_trimmed(forms.numpy_trimmed_mean),
+        torch=_trimmed(forms.torch_trimmed_mean),
+        references=_float32(ff.trimmed_mean),
+        goals=_order_statistic_goals(_TRIMMED_MEAN_GOALS),
+        gpu_goals=_gpu_order_statistic_goals(4.4),
+    ),
+    Row(
+        "trimmed_mean",
+        _updates_and_trim,
+        ff.trimmed_mean,
+        variant="traced",
+        references=_static(functools.partial(ff.trimmed_mean, trim_fraction=TRIM_FRACTION)),
+        problems=CPU_PROBLEMS,
+        goals=_traced_goals,
+        gpu_goals=_traced_goals,
+    ),
+    Row(
+        "trimmed_mean",
+        _updates_and_cotangent,
+        forms.backward(ff.trimmed_mean),
+        variant="backward",
+        natural=forms.backward(_trimmed(_natural_trimmed_mean)),
+        best=_trimmed(forms.best_spread),
+        numpy=_trimmed(forms.numpy_spread),
+        torch=forms.torch_backward(_trimmed(forms.torch_trimmed_mean)),
+        references=_forward(ff.trimmed_mean),
+        problems=_BACKWARD_PROBLEMS,
+        gpu_problems=_BACKWARD_PROBLEMS,
+        goals=_backward_goals,
+    ),
+    Row(
+        "squared_norms",
+        _updates_only,
+        ff.squared_norms,
+        natural=lambda updates: jnp.sum(jnp.square(updates.astype(jnp.float32)), axis=1),
+        best=lambda updates: jnp.einsum("nd,nd->n", updates, updates, preferred_element_type=jnp.float32),
+        numpy=lambda updates: np.einsum("nd,nd->n", forms.wide(updates), forms.wide(updates)),
+        torch=lambda updates: updates.float().square().sum(dim=1),
+        goals=_one_array_goal,
+    ),
+    Row(
+        "finite_clients",
+        _updates_only,
+        ff.finite_clients,
+        natural=lambda updates: jnp.all(jnp.isfinite(updates), axis=1),
+        best=lambda updates: jnp.isfinite(jnp.max(jnp.abs(updates), axis=1)),
+        numpy=lambda updates: np.isfinite(forms.wide(updates)).all(axis=1),
+        torch=lambda updates: updates.isfinite().all(dim=1),
+        goals=_one_array_goal,
+    ),
+    Row(
+        "accumulate_weighted",
+        _running_sum,
+        ff.accumulate_weighted,
+        natural=lambda total, update, weight: total + weight * update,
+        best=lambda total, update, weight: total + weight * update.astype(jnp.float32),
+        numpy=lambda total, update, weight: total + weight * forms.wide(update),
+        torch=lambda total, update, weight: total + weight * update,
+        problems=_ONE_VECTOR,
+        gpu_problems=_ONE_VECTOR[:2],
+        goals=_one_array_goal,
+    ),
+    Row(
+        "stack_clients",
+        _list_of_clients,
+        ff.stack_clients,
+        natural=jnp.stack,
+        best=lambda clients: jnp.concatenate(clients).reshape(len(clients), -1),
+        numpy=np.stack,
+        torch=forms.torch_stack,
+        problems=_LISTS,
+        gpu_problems=_LISTS[:3],
+        goals=_one_array_goal,
+    ),
+)

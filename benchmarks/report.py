@@ -1,0 +1,249 @@
+"""What is shown of the measurements: JSON on disk, a table on screen, markdown for the documentation, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.operations import FLOOR, OURS, PEERS, Problem
+
+Report = dict[str, Any]
+
+SCHEMA = 1
+COLUMNS = ("operation", "clients x parameters", "ms", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
+_SIGNS = {True: "met", False: "missed", None: "open"}
+
+
+# --- On disk --------------------------------------------------------------------------------------------------
+
+
+def save(report: Report, path: Path) -> None:
+    """Writes the file whole or not at all: it is written after every row, and a run may be interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def load(path: Path) -> Report:
+    """Reads a report, of this schema only."""
+    try:
+        report = json.loads(path.read_text())
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise ValueError(f"got {path}, needs a benchmark report of schema {SCHEMA}")
+    return report
+
+
+# --- Cells ----------------------------------------------------------------------------------------------------
+
+
+def _problem(row: Mapping[str, Any]) -> Problem:
+    return Problem(row["clients"], row["parameters"], row["dtype"], row["leaves"])
+
+
+def _number(value: float) -> str:
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(row: Mapping[str, Any], name: str) -> str:
+    if name in row["errors"]:
+        return "wrong" if "disagrees" in row["errors"][name] else "fails"
+    return f"{_number(row['ratios'][name])}x" if name in row["ratios"] else "-"
+
+
+def goal_words(row: Mapping[str, Any]) -> list[tuple[str, bool | None]]:
+    """Each goal in words, and whether it is met."""
+    words: list[tuple[str, bool | None]] = []
+    for name, goal in row["goals"].items():
+        unit = "" if name == FLOOR else "x"
+        stretch = "" if goal["stretch"] is None else f" ({goal['stretch']:g})"
+        reached = "not measured" if goal["reached"] is None else f"{_number(goal['reached'])}{unit}"
+        words.append((f"{name} {reached} of {goal['least']:.3g}{stretch}{unit}", goal["met"]))
+    return words
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of the table, without its goals."""
+    ours = row["contenders"].get(OURS)
+    fraction = row["fraction_of_floor"]
+    return [
+        row["row"] + ("" if row["conclusive"] else " (inconclusive)"),
+        _problem(row).label,
+        "wrong" if ours is None else _number(ours["seconds"] * 1e3),
+        *(_ratio(row, peer) for peer in PEERS),
+        "-" if fraction is None else f"{fraction:.2f}" + (" (probe fault)" if fraction > 1.1 else ""),
+    ]
+
+
+def _headline(report: Report) -> str:
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    kernels = machine["kernels"]["cuda" if report["platform"] == "gpu" else "cpu"]
+    level = kernels.get("instruction_set", "loaded")
+    native = f"kernels: {level}" if kernels["loaded"] else "no compiled kernels: jax.numpy definitions"
+    return f"{machine['device']}, {machine['cores']} cores, {versions}; {native}; {report['date']}"
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def overhead_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """The table of what a call costs, in microseconds."""
+    names = list(dict.fromkeys(name for row in report["overhead"] for name in row["microseconds"]))
+    rows = [
+        [row["row"], *(f"{row['microseconds'][name]:.0f}" if name in row["microseconds"] else "-" for name in names)]
+        for row in report["overhead"]
+    ]
+    return ["one call, microseconds", *names], rows
+
+
+def tree_cells(report: Report) -> list[list[str]]:
+    """What a tree of many leaves costs beside one array."""
+    return [
+        [row["row"], _problem(row).label, f"{1 / row['ratios']['one array']:.2f}"]
+        for row in report["rows"]
+        if "one array" in row["ratios"]
+    ]
+
+
+def markdown(report: Report) -> str:
+    """The tables that README and docs embed, so that no figure is ever typed."""
+    rows = [
+        [*cells(row), ", ".join(f"{words}: {_SIGNS[met]}" for words, met in goal_words(row)) or "-"]
+        for row in report["rows"]
+        if row["leaves"] == 1
+    ]
+    parts = [
+        f"*{_headline(report)}*",
+        "Ratios are a contender's time over ours in the same run (above 1: we are faster); the floor is the time to\n"
+        "move every input and every result once at the rate a probe reached between the calls. Medians of "
+        f"{report['options']['repetitions']} interleaved repetitions.",
+        _markdown_table(COLUMNS, rows),
+    ]
+    if trees := tree_cells(report):
+        parts.append(_markdown_table(["operation", "a tree", "time over one array's"], trees))
+    if report["overhead"]:
+        parts.append(_markdown_table(*overhead_cells(report)))
+    parts.extend(f"Skipped: {line}." for line in report["skipped"])
+    return "\n\n".join(parts) + "\n"
+
+
+# --- Screen ---------------------------------------------------------------------------------------------------
+
+
+def show(report: Report) -> None:
+    """The tables on screen, with rich or without."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(markdown(report))
+        return
+    colors = {True: "green", False: "red", None: "yellow"}
+    # Without a terminal rich would cut the table to 80 columns; a log has room.
+    console = Console() if os.isatty(1) else Console(width=200)
+    table = Table(title=f"{OURS} against others (ratio of times) and against the memory", caption=_headline(report))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("operation", "goals", COLUMNS[1]) else "right")
+    for row in report["rows"]:
+        goals = Text("\n").join(Text(words, colors[met]) for words, met in goal_words(row))
+        style = None if row["conclusive"] else "dim italic"
+        table.add_row(*cells(row), goals, style=style)
+    console.print(table)
+    if trees := tree_cells(report):
+        _show_plain(
+            console, Table(title="A tree of many leaves"), ["operation", "a tree", "time over one array's"], trees
+        )
+    if report["overhead"]:
+        _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
+    for row in report["rows"]:
+        for name, error in row["errors"].items():
+            console.print(f"{row['row']}, {_problem(row).label}: {name} {error}", style="red", markup=False)
+
+
+def _show_plain(console: Any, table: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for column in header:
+        table.add_column(column, justify="left" if column == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+# --- Plot -----------------------------------------------------------------------------------------------------
+
+_COLORS = {"jnp natural": "#9db4c0", "jnp best": "#2f6690", "numpy": "#e0a458", "torch": "#c8553d"}
+
+
+def plot(report: Report, path: Path) -> None:
+    """Bars of the ratios to each peer and, beside them, of the fraction of the floor; goals as marks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    rows = [row for row in report["rows"] if set(PEERS) & set(row["ratios"])]
+    if not rows:
+        return
+    peers = [peer for peer in PEERS if any(peer in row["ratios"] for row in rows)]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, width_ratios=(3, 1.3), figsize=(13, 1.8 + 0.62 * len(rows)), layout="constrained"
+    )
+    height = 0.8 / max(len(peers), 1)
+    for number, peer in enumerate(peers):
+        places = [index - 0.4 + (number + 0.5) * height for index, row in enumerate(rows) if peer in row["ratios"]]
+        ratios = [row["ratios"][peer] for row in rows if peer in row["ratios"]]
+        # On a logarithmic axis bars grow from 1, the break-even: to the right we are faster, to the left slower.
+        left.barh(places, [ratio - 1 for ratio in ratios], height * 0.9, left=1, color=_COLORS[peer], label=peer)
+        for place, ratio in zip(places, ratios, strict=True):
+            beyond = dict(ha="left", xytext=(3, 0)) if ratio >= 1 else dict(ha="right", xytext=(-3, 0))
+            left.annotate(
+                f"{_number(ratio)}x", (ratio, place), textcoords="offset points", va="center", fontsize=7, **beyond
+            )
+        goals = [(row["goals"][peer]["least"], index) for index, row in enumerate(rows) if peer in row["goals"]]
+        for least, index in goals:
+            place = index - 0.4 + (number + 0.5) * height
+            left.plot([least, least], [place - height / 2, place + height / 2], color="black", linewidth=1.4)
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    left.margins(x=0.12)
+    left.set_xlabel("time of the other over ours, logarithmic; black marks: goals")
+    left.set_yticks(range(len(rows)), ["\n".join(cells(row)[:2]) for row in rows], fontsize=8)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(peers), frameon=False)
+
+    fractions = [row["fraction_of_floor"] for row in rows]
+    right.barh(range(len(rows)), fractions, 0.5, color="#5a8f69")
+    for index, row in enumerate(rows):
+        right.annotate(
+            f"{fractions[index]:.2f}", (fractions[index], index), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=7,
+        )  # fmt: skip
+        if FLOOR in row["goals"]:
+            least = row["goals"][FLOOR]["least"]
+            right.plot([least, least], [index - 0.3, index + 0.3], color="black", linewidth=1.4)
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set_xlim(0, max(1.15, 1.1 * max(fractions)))
+    right.set_xlabel("fraction of the floor")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(f"FedFuse-JAX operations\n{_headline(report)}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,341 @@
+// Order statistics by selection networks: a thread has a whole column (of 16-bit types, two) in registers.
+#ifndef FEDFUSE_CUDA_NETWORK_KERNELS_H_
+#define FEDFUSE_CUDA_NETWORK_KERNELS_H_
+
+#include <cstdint>
+
+#include "cuda/order_statistics.h"
+#include "generated/networks.h"
+
+namespace fedfuse {
+namespace cuda {
+
+// ---- What a network compares ----------------------------------------------------------------------------------------
+
+// Adjacent columns of one client.
+template <Type type>
+struct Lanes {  // of 32 and 64 bits
+  using Bits = typename Element<type>::Bits;
+  static constexpr int kColumns = 1;
+
+  Bits key;
+
+  static FEDFUSE_DEVICE Lanes load(const Bits* from, bool, std::int64_t) {
+    constexpr Bits kGreatest = Keys<type>::kGreatest;
+    const Bits key = flip_negative<8 * sizeof(Bits), Bits>(*from, kGreatest);
+    return {raise_negative_nans<Bits>(key, Keys<type>::kNegativeInfinity, kGreatest)};
+  }
+  static FEDFUSE_DEVICE Lanes least() { return {Keys<type>::kNegativeInfinity}; }
+  static FEDFUSE_DEVICE Lanes greatest() { return {Keys<type>::kGreatest}; }
+
+  FEDFUSE_DEVICE Bits bits(int) const { return bits_from_key<type>(key); }
+};
+
+template <Type type>
+FEDFUSE_DEVICE Lanes<type> minimum(Lanes<type> a, Lanes<type> b) {
+  return {a.key < b.key ? a.key : b.key};
+}
+
+template <Type type>
+FEDFUSE_DEVICE Lanes<type> maximum(Lanes<type> a, Lanes<type> b) {
+  return {a.key < b.key ? b.key : a.key};
+}
+
+// Two columns in a register, for min.f16x2 and max.NaN.f16x2 and their like, which order all values and NaN as wanted:
+// the one gives the operand that is no NaN, the other the one that is, and both take +0 for greater than -0.
+struct HalfPair {
+  using Bits = std::int16_t;
+  static constexpr int kColumns = 2;
+
+  std::uint32_t both;
+
+  static FEDFUSE_DEVICE std::uint32_t load_both(const Bits* from, bool aligned, std::int64_t columns) {
+    if (aligned && columns > 1) return *reinterpret_cast<const std::uint32_t*>(from);
+    const std::uint32_t low = static_cast<std::uint16_t>(from[0]);
+    return columns > 1 ? low | static_cast<std::uint32_t>(static_cast<std::uint16_t>(from[1])) << 16 : low;
+  }
+
+  FEDFUSE_DEVICE Bits bits(int column) const { return static_cast<Bits>(both >> (16 * column)); }
+};
+
+template <Type type>
+struct HalfLanes : HalfPair {
+  static FEDFUSE_DEVICE HalfLanes of(std::uint32_t both) {
+    HalfLanes lanes;
+    lanes.both = both;
+    return lanes;
+  }
+  static FEDFUSE_DEVICE HalfLanes load(const Bits* from, bool aligned, std::int64_t columns) {
+    return of(load_both(from, aligned, columns));
+  }
+  static FEDFUSE_DEVICE HalfLanes of_key(Bits key) {
+    return of(0x00010001u * static_cast<std::uint16_t>(bits_from_key<type>(key)));
+  }
+  static FEDFUSE_DEVICE HalfLanes least() { return of_key(Keys<type>::kNegativeInfinity); }
+  static FEDFUSE_DEVICE HalfLanes greatest() { return of_key(Keys<type>::kGreatest); }
+};
+
+template <>
+struct Lanes<Type::kBFloat16> : HalfLanes<Type::kBFloat16> {
+  Lanes() = default;
+  FEDFUSE_DEVICE Lanes(HalfLanes<Type::kBFloat16> lanes) : HalfLanes<Type::kBFloat16>(lanes) {}
+};
+
+template <>
+struct Lanes<Type::kFloat16> : HalfLanes<Type::kFloat16> {
+  Lanes() = default;
+  FEDFUSE_DEVICE Lanes(HalfLanes<Type::kFloat16> lanes) : HalfLanes<Type::kFloat16>(lanes) {}
+};
+
+#if defined(__CUDACC__)
+
+#define FEDFUSE_HALF_EXTREMUM(function, type, instruction)                                  \
+  FEDFUSE_DEVICE Lanes<type> function(Lanes<type> a, Lanes<type> b) {                       \
+    std::uint32_t both;                                                                     \
+    asm(instruction " %0, %1, %2;" : "=r"(both) : "r"(a.both), "r"(b.both));                \
+    return HalfLanes<type>::of(both);                                                       \
+  }
+FEDFUSE_HALF_EXTREMUM(minimum, Type::kBFloat16, "min.bf16x2")
+FEDFUSE_HALF_EXTREMUM(maximum, Type::kBFloat16, "max.NaN.bf16x2")
+FEDFUSE_HALF_EXTREMUM(minimum, Type::kFloat16, "min.f16x2")
+FEDFUSE_HALF_EXTREMUM(maximum, Type::kFloat16, "max.NaN.f16x2")
+#undef FEDFUSE_HALF_EXTREMUM
+
+#else
+
+template <Type type>
+Lanes<type> choose_halves(Lanes<type> a, Lanes<type> b, bool smaller) {
+  std::uint32_t both = 0;
+  for (int column = 0; column < 2; ++column) {
+    const bool less = key_from_bits<type>(a.bits(column)) < key_from_bits<type>(b.bits(column));
+    const auto half = static_cast<std::uint16_t>(less == smaller ? a.bits(column) : b.bits(column));
+    both |= static_cast<std::uint32_t>(half) << (16 * column);
+  }
+  return HalfLanes<type>::of(both);
+}
+inline Lanes<Type::kBFloat16> minimum(Lanes<Type::kBFloat16> a, Lanes<Type::kBFloat16> b) {
+  return choose_halves(a, b, true);
+}
+inline Lanes<Type::kBFloat16> maximum(Lanes<Type::kBFloat16> a, Lanes<Type::kBFloat16> b) {
+  return choose_halves(a, b, false);
+}
+inline Lanes<Type::kFloat16> minimum(Lanes<Type::kFloat16> a, Lanes<Type::kFloat16> b) {
+  return choose_halves(a, b, true);
+}
+inline Lanes<Type::kFloat16> maximum(Lanes<Type::kFloat16> a, Lanes<Type::kFloat16> b) {
+  return choose_halves(a, b, false);
+}
+
+#endif
+
+// ---- The kernels ----------------------------------------------------------------------------------------------------
+
+// row + stride, in a way that keeps a compiler from working out all addresses beforehand and holding them in registers.
+template <typename Bits>
+FEDFUSE_DEVICE const Bits* next_row(const Bits* row, std::int64_t stride) {
+#if defined(__CUDACC__)
+  asm("add.s64 %0, %0, %1;" : "+l"(row) : "l"(stride * static_cast<std::int64_t>(sizeof(Bits))));
+  return row;
+#else
+  // An address that is not read may lie anywhere.
+  return reinterpret_cast<const Bits*>(reinterpret_cast<std::uintptr_t>(row) + stride * sizeof(Bits));
+#endif
+}
+
+// The same number, but nothing that was made of it: a compiler makes it anew rather than keep it in a register.
+FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
+// Registers that the values of a sorting network take, and how many blocks of 128 threads should find room for them and for
+// some forty others.
+constexpr int sorting_blocks(int words) { return words <= 24 ? 6 : words <= 48 ? 5 : words <= 64 ? 4 : words <= 128 ? 3 : 2; }
+
+// Any trim, any participation, any of the wanted things, by a network that sorts; or the mean that a cheaper network is
+// made for, of all clients.
+template <Type type, typename Network, bool kSorts>
+struct NetworkBody {
+  using Bits = typename Element<type>::Bits;
+  using Accumulator = typename Element<type>::Accumulator;
+  using Value = Lanes<type>;
+  using Parameters = OrderParameters;
+
+  static constexpr int kThreads = 128;
+  static constexpr int kColumns = Value::kColumns;  // a thread's
+  static constexpr int kTileColumns = kThreads * kColumns;
+  static constexpr int kInputs = Network::kInputs;
+  static constexpr int kOutputs = Network::kOutputs;
+  static constexpr int kBlocks = kSorts ? sorting_blocks(kInputs * static_cast<int>(sizeof(Value) / 4)) : 0;
+
+  struct Shared {
+    PresentClients<kThreads> present;
+  };
+
+  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+    const Tile tile = locate(p, task, kTileColumns);
+    const bool* const where = kSorts ? where_of(p.options.where, p.batch, tile.batch) : nullptr;
+    Team<kThreads> team;
+    if (where != nullptr) shared.present.find(where, 0, p.clients, team);
+    team.each([&](int thread, Nothing&) {
+      if (thread * kColumns >= tile.columns) return;
+      Value outputs[kOutputs];
+      find_ranks(p, columns_of(tile, thread), where == nullptr ? nullptr : &shared.present, outputs);
+      // While the network ran, its values had the registers. What else was in them is found out once more.
+      const Tile again = locate(p, forgotten(task), kTileColumns);
+      use_ranks(p, columns_of(again, thread), where == nullptr ? nullptr : &shared.present, outputs);
+    });
+  }
+
+  // A thread's columns, and those to the right of them.
+  static FEDFUSE_DEVICE Tile columns_of(Tile tile, int thread) {
+    tile.begin += thread * kColumns;
+    tile.columns -= thread * kColumns;
+    return tile;
+  }
+
+  static FEDFUSE_DEVICE const Bits* updates_of(const Parameters& p, const Tile& tile) {
+    return reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) + tile.begin;
+  }
+
+  // How many inputs below the first client's hold the least key.
+  static FEDFUSE_DEVICE int low_pads_of(const Parameters& p) {
+    return kSorts ? 0 : (kInputs - static_cast<int>(p.clients)) / 2;
+  }
+
+  static FEDFUSE_DEVICE void find_ranks(const Parameters& p, const Tile& tile, const PresentClients<kThreads>* present,
+                                        Value (&outputs)[kOutputs]) {
+    const std::int64_t stride = p.leaves[tile.leaf].coordinates;
+    const Bits* row = updates_of(p, tile);
+    const int clients = static_cast<int>(p.clients);
+    const int low_pads = low_pads_of(p);
+    const bool aligned = is_aligned(row, kColumns * sizeof(Bits)) && stride % kColumns == 0;
+
+    // All loads are on their way before the first comparison.
+    Value values[kInputs];
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) {
+      const int client = input - low_pads;
+      values[input] = !kSorts && client < 0 ? Value::least() : Value::greatest();
+      if (client >= 0 && client < clients && (present == nullptr || present->has(client))) {
+        values[input] = Value::load(row, aligned, tile.columns);
+      }
+      if (kSorts || client >= 0) row = next_row(row, stride);
+    }
+    Network::template run<Value>([&](int input) { return values[input]; },
+                                 [&](int output, Value value) { outputs[output] = value; });
+  }
+
+  static FEDFUSE_DEVICE void use_ranks(const Parameters& p, const Tile& tile, const PresentClients<kThreads>* present,
+                                       const Value (&outputs)[kOutputs]) {
+    const int num_present = present == nullptr ? static_cast<int>(p.clients) : present->count_before(kThreads);
+    const Kept kept = kept_of(num_present, trim_of(p.options, p.batch, tile.batch));
+    const int first = kept.first + low_pads_of(p) - Network::kFirstRank;
+    const int last = first + kept.count - 1;
+    if constexpr (kSorts) {
+      if (p.options.wanted != Wanted::kMean) return consume_all(p, tile, kept, present, outputs, first, last);
+    }
+    store_means(p, tile, kept, outputs, first, last);
+  }
+
+  static FEDFUSE_DEVICE void consume_all(const Parameters& p, const Tile& tile, const Kept& kept,
+                                         const PresentClients<kThreads>* present, const Value (&outputs)[kOutputs],
+                                         int first, int last) {
+    // One column after the other: what they need together would not fit into the registers.
+#pragma unroll 1
+    for (int i = 0; i < kColumns && i < tile.columns; ++i) {
+      BoundsFinder<Bits> finder;
+#pragma unroll
+      for (int output = 0; output < kOutputs; ++output) {
+        finder.see(output, canonical_key<type>(outputs[output].bits(i)), first, last);
+      }
+      consume(p, tile, kept, i, finder.bounds, present);
+    }
+  }
+
+  static FEDFUSE_DEVICE void store_means(const Parameters& p, const Tile& tile, const Kept& kept,
+                                         const Value (&outputs)[kOutputs], int first, int last) {
+    const Accumulator scale = Mean<Accumulator>::scale_for(kept.count);
+    const std::int64_t reduced_bytes = bytes_of(p.options.reduced_type);
+    std::byte* const reduced = operand_data(p, tile, 2, 1, reduced_bytes);
+    Mean<Accumulator> means[kColumns];
+#pragma unroll
+    for (int output = 0; output < kOutputs; ++output) {
+      if (output < first || output > last) continue;
+      for (int i = 0; i < kColumns; ++i) means[i].add(Element<type>::widen(outputs[output].bits(i)), scale);
+    }
+    for (int i = 0; i < kColumns; ++i) {
+      if (i < tile.columns) store_as(p.options.reduced_type, means[i].of(kept.count, scale), reduced, tile.begin + i);
+    }
+  }
+
+  // Goes over one column's clients once more, whose updates are still in a cache, now that it is known who is kept.
+  static FEDFUSE_DEVICE void consume(const Parameters& p, const Tile& tile, const Kept& kept, int i,
+                                     Bounds<Bits> bounds, const PresentClients<kThreads>* present) {
+    const Bits* const updates = updates_of(p, tile) + i;
+    const std::int64_t stride = p.leaves[tile.leaf].coordinates;
+    const bool spreads = p.options.wanted == Wanted::kSpread;
+    const std::byte* const given =
+        operand_data(p, tile, 1, spreads ? 1 : p.clients, spreads ? bytes_of(p.options.cotangent_type) : sizeof(Bits));
+    const Bits* const values = reinterpret_cast<const Bits*>(given) + tile.begin + i;
+    Bits* const spread =
+        reinterpret_cast<Bits*>(operand_data(p, tile, 2, p.clients, sizeof(Bits))) + tile.begin + i;
+    Consumer<type> consumer(p.options, kept, given, tile.begin + i);
+#pragma unroll 2
+    for (int client = 0; client < static_cast<int>(p.clients); ++client) {
+      const bool is_present = kept.count > 0 && (present == nullptr || present->has(client));
+      const bool is_kept = is_present && bounds.keeps(canonical_key<type>(updates[client * stride]));
+      consumer.take(is_kept, values + client * stride, spread + client * stride);
+    }
+    if (spreads) return;
+    const std::int64_t reduced_bytes = bytes_of(p.options.reduced_type);
+    store_as(p.options.reduced_type, consumer.mean.of(kept.count, consumer.scale),
+             operand_data(p, tile, 2, 1, reduced_bytes), tile.begin + i);
+  }
+};
+
+// ---- Which kernel ---------------------------------------------------------------------------------------------------
+
+template <Type type, typename Network, bool kSorts>
+OrderKernel make_network_kernel() {
+  using Body = NetworkBody<type, Network, kSorts>;
+  return {launch<Body>, Body::kTileColumns};
+}
+
+// The kernel of the first of these sizes with room for the clients, if there is one.
+template <Type type, template <int> class Family, bool kSorts, int... kSizes>
+OrderKernel first_with_room(NetworkSizes<kSizes...>, std::int64_t clients) {
+  OrderKernel found;
+  (void)((clients <= kSizes && (found = make_network_kernel<type, Family<kSizes>, kSorts>(), true)) || ...);
+  return found;
+}
+
+// The same for a family that serves, by the network of each size, the counts from the next smaller size on only: a
+// kernel if the smallest network with room is among these.
+template <Type type, int... kSizes, int... kAllSizes>
+OrderKernel trimmed_with_room(NetworkSizes<kSizes...>, NetworkSizes<kAllSizes...>, std::int64_t clients) {
+  std::int64_t size = 0;
+  (void)((clients <= kAllSizes && (size = kAllSizes, true)) || ...);
+  OrderKernel found;
+  (void)((size == kSizes && (found = make_network_kernel<type, TrimmedMeanNetwork<kSizes>, false>(), true)) || ...);
+  return found;
+}
+
+// Out of the networks that are compiled for a type: each of them costs compile time on every target.
+template <Type type, typename Sort, typename Median, typename TrimmedMean>
+OrderKernel choose_network_kernel(std::int64_t clients, std::int64_t trim) {
+  OrderKernel kernel;
+  if (trim >= 0 && 2 * trim < clients && clients - 2 * trim <= 2) {
+    kernel = first_with_room<type, MedianNetwork, false>(Median(), clients);
+  } else if (clients >= kFewestTrimmed && trim == static_cast<std::int64_t>(kTrimFraction * clients)) {
+    kernel = trimmed_with_room<type>(TrimmedMean(), TrimmedMeanNetworkSizes(), clients);
+  }
+  return kernel.launch != nullptr ? kernel : first_with_room<type, SortNetwork, true>(Sort(), clients);
+}
+
+}  // namespace cuda
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_CUDA_NETWORK_KERNELS_H_

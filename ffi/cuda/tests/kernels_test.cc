@@ -1,0 +1,567 @@
+// Runs the CUDA kernels' own source on the host, without a card or a CUDA compiler (see cuda/team.h), from whole problems
+// down to the last thread, against plain definitions in double. The threads of a block take turns forwards and backwards,
+// and must come to the same bits. Buffers have exactly their size, for the sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/operations.h"
+#include "math/half.h"
+#include "math/ordered_keys.h"
+
+namespace fedfuse {
+namespace cuda {
+namespace {
+
+int passed = 0, failed = 0;
+std::mt19937_64 random_bits(1);
+
+void expect(bool condition, const std::string& what) {
+  ++(condition ? passed : failed);
+  if (!condition && failed <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// ---- Arrays ---------------------------------------------------------------------------------------------------------
+
+double get(Type type, const std::byte* data, std::int64_t index) {
+  const auto as = [&](auto value) {
+    std::memcpy(&value, data + index * sizeof value, sizeof value);
+    return value;
+  };
+  switch (type) {
+    case Type::kFloat64:
+      return as(double{});
+    case Type::kBFloat16:
+      return bfloat16_to_float(as(std::uint16_t{}));
+    case Type::kFloat16:
+      return float16_to_float(as(std::uint16_t{}));
+    case Type::kInt32:
+      return as(std::int32_t{});
+    case Type::kBool:
+      return as(std::uint8_t{});
+    default:
+      return as(float{});
+  }
+}
+
+void put(Type type, double value, std::byte* data, std::int64_t index) {
+  const auto as = [&](auto element) { std::memcpy(data + index * sizeof element, &element, sizeof element); };
+  switch (type) {
+    case Type::kFloat64:
+      return as(value);
+    case Type::kBFloat16:
+      return as(float_to_bfloat16(static_cast<float>(value)));
+    case Type::kFloat16:
+      return as(float_to_float16(static_cast<float>(value)));
+    case Type::kInt32:
+      return as(static_cast<std::int32_t>(value));
+    case Type::kBool:
+      return as(static_cast<std::uint8_t>(value));
+    default:
+      return as(static_cast<float>(value));
+  }
+}
+
+// An operand or result: `elements` of it in one element of the batch, shared over the batch axes whose bit is missing.
+struct Array {
+  Array(Type type, const Batch& batch, std::int64_t elements, unsigned mapped = 0xff) {
+    view.type = type;
+    view.elements = elements;
+    std::int64_t stride = elements * bytes_of(type);
+    for (int axis = batch.rank - 1; axis >= 0; --axis) {
+      if ((mapped >> axis & 1u) == 0) continue;
+      view.strides[axis] = batch.sizes[axis] == 1 ? 0 : stride;
+      stride *= batch.sizes[axis];
+    }
+    bytes = stride;
+    memory = std::make_unique<std::byte[]>(bytes);
+    std::memset(memory.get(), 0xa5, bytes);
+    view.data = memory.get();
+  }
+
+  std::int64_t size() const { return bytes / bytes_of(view.type); }
+
+  Array& fill(const std::function<double(std::int64_t)>& value) {
+    for (std::int64_t i = 0; i < size(); ++i) put(view.type, value(i), view.data, i);
+    return *this;
+  }
+
+  View view;
+  std::int64_t bytes;
+  std::unique_ptr<std::byte[]> memory;
+};
+
+std::vector<View> views_of(const std::vector<Array>& arrays) {
+  std::vector<View> views;
+  for (const Array& array : arrays) views.push_back(array.view);
+  return views;
+}
+
+double normal() { return std::normal_distribution<double>()(random_bits); }
+
+Type accumulator(Type type) { return accumulator_of(type); }
+
+// Elements of all kinds, ties, infinities and NaNs of both signs among them.
+void fill_wildly(Array* array, int pattern) {
+  const Type type = array->view.type;
+  const std::int64_t width = bytes_of(type);
+  const double greatest = type == Type::kFloat64 ? 1.7976931348623157e308 : type == Type::kFloat16 ? 65504 : 3.3895314e38;
+  for (std::int64_t i = 0; i < array->size(); ++i) {
+    const double sign = random_bits() % 2 == 0 ? 1 : -1;
+    double value = normal();
+    switch (pattern % 6) {
+      case 1: {
+        constexpr double kValues[] = {0.0, -0.0, 1, -1, 2};
+        value = kValues[random_bits() % 5];
+        break;
+      }
+      case 2: {
+        const double values[] = {0, INFINITY, NAN, greatest, 1, 1e-7};
+        value = std::copysign(values[random_bits() % 6], sign);
+        break;
+      }
+      case 3:
+        value = sign * greatest;
+        break;
+      case 4: {
+        const std::uint64_t bits = random_bits();
+        std::memcpy(array->view.data + i * width, &bits, width);
+        continue;
+      }
+      case 5:
+        if (random_bits() % 4 == 0) value = std::copysign(NAN, sign);
+        break;
+    }
+    put(type, value, array->view.data, i);
+  }
+}
+
+Shape shape_of(std::vector<std::int64_t> batch, std::int64_t clients, std::vector<std::int64_t> coordinates) {
+  Shape shape;
+  shape.batch.rank = static_cast<int>(batch.size());
+  for (int axis = 0; axis < kMaxBatchDims; ++axis) shape.batch.sizes[axis] = axis < shape.batch.rank ? batch[axis] : 1;
+  shape.batch.count = std::accumulate(batch.begin(), batch.end(), std::int64_t{1}, std::multiplies<>());
+  shape.clients = clients;
+  shape.coordinates = std::move(coordinates);
+  return shape;
+}
+
+// Enqueues the problem with the threads in either order; the results are those of the second time.
+template <typename Problem>
+void run(const std::string& what, const Problem& problem, const std::vector<Array*>& results) {
+  std::vector<std::vector<std::byte>> first, inputs;
+  for (const Array* result : results) inputs.emplace_back(result->view.data, result->view.data + result->bytes);
+  reversed_threads = false;
+  expect(enqueue(problem, nullptr).empty(), what + ": enqueued");
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    first.emplace_back(results[i]->view.data, results[i]->view.data + results[i]->bytes);
+    std::memcpy(results[i]->view.data, inputs[i].data(), inputs[i].size());
+  }
+  reversed_threads = true;
+  expect(enqueue(problem, nullptr).empty(), what + ": enqueued");
+  bool same = true;
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    same &= std::memcmp(first[i].data(), results[i]->view.data, first[i].size()) == 0;
+  }
+  expect(same, what + ": the order of the threads does not matter");
+}
+
+std::vector<Array*> pointers(std::vector<Array>& arrays) {
+  std::vector<Array*> result;
+  for (Array& array : arrays) result.push_back(&array);
+  return result;
+}
+
+bool is_close(double got, double expected, double tolerance) {
+  if (std::isnan(expected)) return std::isnan(got);
+  return got == expected || std::fabs(got - expected) <= tolerance;
+}
+
+double epsilon_of(Type type) {
+  return type == Type::kFloat64 ? 0x1p-52 : type == Type::kFloat32 ? 0x1p-23 : type == Type::kFloat16 ? 0x1p-10 : 0x1p-7;
+}
+
+// ---- Order statistics -----------------------------------------------------------------------------------------------
+
+// Whether each client is kept, from the values of all of them.
+std::vector<bool> kept_clients(const std::vector<double>& values, const std::vector<bool>& present, std::int64_t trim) {
+  std::vector<int> order;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (present[i]) order.push_back(static_cast<int>(i));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    if (std::isnan(values[a])) return false;
+    return std::isnan(values[b]) || values[a] < values[b];
+  });
+  std::vector<bool> kept(values.size(), false);
+  const auto count = static_cast<std::int64_t>(order.size());
+  if (trim < 0 || 2 * trim >= count) return kept;
+  for (std::int64_t rank = trim; rank < count - trim; ++rank) kept[order[rank]] = true;
+  return kept;
+}
+
+bool is_mean(double got, const std::vector<double>& values, Type accumulator, Type type) {
+  if (values.empty()) return std::isnan(got);
+  long double sum = 0, magnitude = 0;
+  for (const double value : values) {
+    sum += value;
+    magnitude += std::fabs(value);
+  }
+  const auto count = static_cast<long double>(values.size());
+  if (std::isnan(sum)) return std::isnan(got);
+  if (std::isinf(sum)) return got == static_cast<double>(sum);
+  const auto mean = static_cast<double>(sum / count);
+  if (type != accumulator) {  // rounded to a type that the mean may be too large for
+    if (std::isinf(got)) return std::fabs(mean) > 65000;
+    return std::fabs(got - mean) <= 1.01 * epsilon_of(type) * static_cast<double>(magnitude / count) + 1e-7;
+  }
+  if (values.size() == 1) return got == values[0];
+  // Two middle values: what half of their sum rounds to.
+  if (values.size() == 2) {
+    return accumulator == Type::kFloat64 ? got == mean : got == static_cast<float>(values[0] / 2 + values[1] / 2);
+  }
+  const double smallest = accumulator == Type::kFloat64 ? 4.9e-324 : 1.4e-45;
+  return std::isfinite(got) && std::fabs(got - mean) <= epsilon_of(accumulator) * (2 + static_cast<double>(count)) *
+                                                                static_cast<double>(magnitude / count) +
+                                                            smallest;
+}
+
+struct OrderCase {
+  Type type;
+  std::int64_t clients;
+  std::vector<std::int64_t> coordinates;
+  std::int64_t trim;
+  bool traced = false;
+  bool masked = false;
+  std::vector<std::int64_t> batch = {};
+  Type reduced = Type::kOther;  // the accumulator's
+  bool derivatives = true;
+};
+
+void check_order(const OrderCase& c, int pattern) {
+  const Shape shape = shape_of(c.batch, c.clients, c.coordinates);
+  const Type reduced_type = c.reduced == Type::kOther ? accumulator(c.type) : c.reduced;
+  const std::string what = std::string(name_of(c.type)) + " n=" + std::to_string(c.clients) + " d=" +
+                           std::to_string(c.coordinates[0]) + " trim=" + std::to_string(c.trim) +
+                           (c.traced ? " traced" : "") + (c.masked ? " masked" : "") + " pattern=" +
+                           std::to_string(pattern) + " batch=" + std::to_string(shape.batch.count);
+  std::vector<Array> updates, values, reduced, tangent, cotangents, spread;
+  for (const std::int64_t coordinates : c.coordinates) {
+    const std::int64_t stacked = c.clients * coordinates;
+    // What is shared over the batch differs between operands.
+    fill_wildly(&updates.emplace_back(c.type, shape.batch, stacked, 0x5), pattern);
+    fill_wildly(&values.emplace_back(c.type, shape.batch, stacked, 0x2), 0);
+    cotangents.emplace_back(reduced_type, shape.batch, coordinates).fill([](std::int64_t) { return normal(); });
+    reduced.emplace_back(reduced_type, shape.batch, coordinates);
+    tangent.emplace_back(reduced_type, shape.batch, coordinates);
+    spread.emplace_back(c.type, shape.batch, stacked);
+  }
+  Trim trim;
+  Array where(Type::kBool, shape.batch, c.clients, 0x3);
+  where.fill([](std::int64_t) { return random_bits() % 3 != 0; });
+  Array count(Type::kInt32, shape.batch, 1, 0x1);
+  count.fill([&](std::int64_t) { return c.trim; });
+  if (c.masked) trim.where = where.view;
+  if (c.traced) trim.count = count.view;
+  trim.attribute = c.traced ? -1 : c.trim;
+
+  run(what, TrimmedMeanProblem{shape, views_of(updates), trim, views_of(reduced)}, pointers(reduced));
+  if (c.derivatives) {
+    run(what, SelectedMeanProblem{shape, views_of(updates), views_of(values), trim, views_of(tangent)},
+        pointers(tangent));
+    run(what, SpreadProblem{shape, views_of(updates), views_of(cotangents), trim, views_of(spread)}, pointers(spread));
+  }
+
+  int wrong_means = 0, wrong_tangents = 0, wrong_spreads = 0;
+  for (std::size_t leaf = 0; leaf < updates.size(); ++leaf) {
+    for (std::int64_t batch = 0; batch < shape.batch.count; ++batch) {
+      for (std::int64_t column = 0; column < shape.coordinates[leaf]; ++column) {
+        const auto element = [&](const Array& array, std::int64_t row) {
+          return get(array.view.type, array.view.at(shape.batch, batch), row * shape.coordinates[leaf] + column);
+        };
+        std::vector<double> all, kept_values, kept_tangents;
+        std::vector<bool> present;
+        for (std::int64_t row = 0; row < c.clients; ++row) {
+          all.push_back(element(updates[leaf], row));
+          present.push_back(!c.masked || get(Type::kBool, where.view.at(shape.batch, batch), row) != 0);
+        }
+        const std::vector<bool> kept = kept_clients(all, present, c.trim);
+        for (std::int64_t row = 0; row < c.clients; ++row) {
+          if (!kept[row]) continue;
+          kept_values.push_back(all[row]);
+          kept_tangents.push_back(element(values[leaf], row));
+        }
+        wrong_means += !is_mean(element(reduced[leaf], 0), kept_values, accumulator(c.type), reduced_type);
+        if (!c.derivatives) continue;
+        wrong_tangents += !is_mean(element(tangent[leaf], 0), kept_tangents, accumulator(c.type), reduced_type);
+        const double cotangent = element(cotangents[leaf], 0);
+        std::byte share[8] = {};
+        if (accumulator(c.type) == Type::kFloat64) {
+          put(c.type, cotangent / static_cast<double>(kept_values.size()), share, 0);
+        } else {
+          put(c.type, static_cast<float>(cotangent) / static_cast<float>(kept_values.size()), share, 0);
+        }
+        const double expected = get(c.type, share, 0);
+        for (std::int64_t row = 0; row < c.clients; ++row) {
+          const double got = element(spread[leaf], row);
+          wrong_spreads += !(kept[row] ? got == expected : got == 0 && !std::signbit(got));
+        }
+      }
+    }
+  }
+  expect(wrong_means == 0, "mean " + what + ": " + std::to_string(wrong_means));
+  expect(wrong_tangents == 0, "selected mean " + what + ": " + std::to_string(wrong_tangents));
+  expect(wrong_spreads == 0, "spread " + what + ": " + std::to_string(wrong_spreads));
+}
+
+void check_order_statistics(Type type, bool brief) {
+  int pattern = 0;
+  // Every network, full and with pads; the default trim, the median, and others.
+  for (std::int64_t clients = 1; clients <= 132; clients += clients < 34 ? 1 : brief ? 9 : 3) {
+    for (const std::int64_t trim : {clients / 5, (clients - 1) / 2, std::int64_t{0}, clients / 3, clients}) {
+      for (int i = 0; i < (clients < 34 ? 3 : 1); ++i) check_order({type, clients, {7, 3}, trim}, pattern++);
+    }
+    check_order({type, clients, {5, 2}, clients / 5, true}, pattern++);
+    check_order({type, clients, {5, 2}, clients / 5, false, true}, pattern++);
+    check_order({type, clients, {5, 2}, (clients - 1) / 4, true, true}, pattern++);
+  }
+  // More clients than networks have room for.
+  for (const std::int64_t clients : {129, 200, 1000, 5000}) {
+    for (const std::int64_t trim : {clients / 5, (clients - 1) / 2, std::int64_t{0}}) {
+      for (int i = 0; i < 6; ++i) check_order({type, clients, {i == 0 ? 19 : 2}, trim}, pattern++);
+      if (brief && clients == 5000) break;
+    }
+    check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
+    check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
+  }
+  // Tiles, batches, many leaves, other results.
+  for (const std::int64_t clients : {3, 10, 150}) {
+    check_order({type, clients, {300}, clients / 5}, 0);
+    check_order({type, clients, {257}, clients / 5, true, true}, 1);
+    check_order({type, clients, {129, 0, 4}, clients / 5, true, true, {3}}, pattern++);
+    check_order({type, clients, {5, 16}, clients / 5, true, true, {2, 3, 2}}, pattern++);
+    check_order({type, clients, {5}, clients / 5, false, false, {}, Type::kBFloat16}, 0);
+    check_order({type, clients, {5}, clients / 5, false, false, {}, Type::kFloat16}, 0);
+  }
+  check_order({type, 3, std::vector<std::int64_t>(300, 2), 1}, pattern++);
+  check_order({type, 3, {2}, 1, false, true, {70000}, Type::kOther, false}, 1);
+  check_order({type, 3, {2}, -1, true}, 0);  // nobody is left
+}
+
+// ---- Sums -----------------------------------------------------------------------------------------------------------
+
+void check_weighted_sum(Type type, std::int64_t clients, std::vector<std::int64_t> coordinates, bool divide, bool masked,
+                        std::vector<std::int64_t> batch, Type reduced_type) {
+  const Shape shape = shape_of(std::move(batch), clients, std::move(coordinates));
+  const std::string what = std::string("weighted sum ") + name_of(type) + " n=" + std::to_string(clients) + " d=" +
+                           std::to_string(shape.coordinates[0]) + " to " + name_of(reduced_type);
+  std::vector<Array> updates, reduced;
+  Array where(Type::kBool, shape.batch, clients, 0x1);
+  where.fill([&](std::int64_t i) { return clients == 1 || i % clients == 0 || random_bits() % 3 != 0; });
+  Array weights(accumulator(type), shape.batch, clients, 0x2);
+  weights.fill([](std::int64_t) { return std::fabs(normal()) + 0.5; });
+  for (const std::int64_t count : shape.coordinates) {
+    Array& array = updates.emplace_back(type, shape.batch, clients * count, 0x5);
+    array.fill([](std::int64_t) { return normal(); });
+    reduced.emplace_back(reduced_type, shape.batch, count);
+    if (!masked || shape.batch.rank > 0) continue;
+    for (std::int64_t row = 0; row < clients; ++row) {  // whoever is absent is NaN
+      if (get(Type::kBool, where.view.data, row) != 0) continue;
+      for (std::int64_t column = 0; column < count; ++column) put(type, NAN, array.view.data, row * count + column);
+    }
+  }
+  WeightedSumProblem problem{shape, views_of(updates), weights.view, {}, divide, views_of(reduced)};
+  if (masked) problem.where = where.view;
+  run(what, problem, pointers(reduced));
+  int wrong = 0;
+  for (std::size_t leaf = 0; leaf < updates.size(); ++leaf) {
+    for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+      const auto at = [&](const Array& array, std::int64_t i) {
+        return get(array.view.type, array.view.at(shape.batch, index), i);
+      };
+      for (std::int64_t column = 0; column < shape.coordinates[leaf]; ++column) {
+        double sum = 0, total = 0, magnitude = 0;
+        for (std::int64_t row = 0; row < clients; ++row) {
+          if (masked && at(where, row) == 0) continue;
+          const double term = at(weights, row) * at(updates[leaf], row * shape.coordinates[leaf] + column);
+          sum += term;
+          magnitude += std::fabs(term);
+          total += at(weights, row);
+        }
+        const double divisor = divide ? total : 1;
+        const double got = at(reduced[leaf], column);
+        const double tolerance = magnitude / divisor *
+                                 (static_cast<double>(clients + 3) * epsilon_of(accumulator(type)) +
+                                  (reduced_type == accumulator(type) ? 0 : epsilon_of(reduced_type)));
+        wrong += !is_close(got, sum / divisor, tolerance);
+      }
+    }
+  }
+  expect(wrong == 0, what + ": " + std::to_string(wrong));
+}
+
+void check_sums(Type type) {
+  for (const std::int64_t clients : {1, 2, 7, 8, 9, 33, 255, 256, 257, 1000}) {
+    for (const bool masked : {false, true}) {
+      check_weighted_sum(type, clients, {17, 1}, masked, masked, {}, accumulator(type));
+    }
+  }
+  for (const Type reduced : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
+    check_weighted_sum(type, 5, {16, 3, 0, 2049, 64}, true, true, {}, reduced);
+  }
+  check_weighted_sum(type, 10, {5, 16}, true, true, {2, 3, 2}, accumulator(type));
+  check_weighted_sum(type, 3, std::vector<std::int64_t>(300, 4), false, false, {}, accumulator(type));
+
+  // accumulate_weighted, in place
+  const Shape shape = shape_of({3}, 0, {1, 5000, 16});
+  std::vector<Array> total, update, before;
+  Array weight(accumulator(type), shape.batch, 1);
+  weight.fill([](std::int64_t) { return normal(); });
+  for (const std::int64_t count : shape.coordinates) {
+    total.emplace_back(accumulator(type), shape.batch, count).fill([](std::int64_t) { return normal(); });
+    before.emplace_back(accumulator(type), shape.batch, count);
+    std::memcpy(before.back().view.data, total.back().view.data, total.back().bytes);
+    update.emplace_back(type, shape.batch, count, 0).fill([](std::int64_t) { return normal(); });
+  }
+  run("accumulate", AccumulateProblem{shape, views_of(total), views_of(update), weight.view, views_of(total)},
+      pointers(total));
+  int wrong = 0;
+  for (std::size_t leaf = 0; leaf < total.size(); ++leaf) {
+    for (std::int64_t i = 0; i < total[leaf].size(); ++i) {
+      const std::int64_t batch = i / shape.coordinates[leaf], column = i % shape.coordinates[leaf];
+      const double old = get(accumulator(type), before[leaf].view.data, i);
+      const double term = get(accumulator(type), weight.view.data, batch) * get(type, update[leaf].view.data, column);
+      wrong += !is_close(get(accumulator(type), total[leaf].view.data, i), old + term,
+                         2 * epsilon_of(accumulator(type)) * (std::fabs(old) + std::fabs(term)));
+    }
+  }
+  expect(wrong == 0, std::string("accumulate ") + name_of(type));
+}
+
+void check_stack(Type type, std::int64_t clients, std::vector<std::int64_t> batch) {
+  const Shape shape = shape_of(std::move(batch), clients, {1, 16, 0, 9000, 33});
+  std::vector<Array> stacked;
+  std::vector<std::vector<Array>> sources(clients);
+  StackProblem problem{shape, {}, {}};
+  for (std::vector<Array>& leaves : sources) {
+    for (const std::int64_t count : shape.coordinates) fill_wildly(&leaves.emplace_back(type, shape.batch, count, 1), 4);
+    problem.clients.push_back(views_of(leaves));
+  }
+  for (const std::int64_t count : shape.coordinates) stacked.emplace_back(type, shape.batch, clients * count);
+  problem.stacked = views_of(stacked);
+  run("stack", problem, pointers(stacked));
+  bool same = true;
+  for (std::size_t leaf = 0; leaf < stacked.size(); ++leaf) {
+    const std::int64_t bytes = shape.coordinates[leaf] * bytes_of(type);
+    for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+      for (std::int64_t client = 0; client < clients; ++client) {
+        same &= std::memcmp(stacked[leaf].view.at(shape.batch, index) + client * bytes,
+                            sources[client][leaf].view.at(shape.batch, index), bytes) == 0;
+      }
+    }
+  }
+  expect(same, std::string("stack ") + name_of(type) + " n=" + std::to_string(clients));
+}
+
+// ---- Reductions over coordinates ------------------------------------------------------------------------------------
+
+void check_reductions(Type type, Type others_type, bool shared, bool norms, std::vector<std::int64_t> batch) {
+  const std::int64_t clients = 4;
+  const Shape shape = shape_of(std::move(batch), clients, {1, 40001, 0, 16384, 7});
+  std::vector<Array> updates, others;
+  for (const std::int64_t count : shape.coordinates) {
+    updates.emplace_back(type, shape.batch, clients * count, 1).fill([](std::int64_t) { return normal(); });
+    others.emplace_back(others_type, shape.batch, (shared ? 1 : clients) * count).fill([](std::int64_t) {
+      return normal();
+    });
+  }
+  Array where(Type::kBool, shape.batch, clients, 0);
+  where.fill([](std::int64_t i) { return i != 2; });
+  Array dots(Type::kFloat64, shape.batch, clients);
+  ClientDotsProblem problem{shape, views_of(updates), norms ? views_of(updates) : views_of(others), shared, where.view,
+                            dots.view, nullptr, {0}};
+  for (const std::int64_t count : shape.coordinates) {
+    problem.first_block.push_back(problem.first_block.back() + (count + kReductionBlock - 1) / kReductionBlock);
+  }
+  const auto partials = std::make_unique<double[]>(shape.batch.count * clients * problem.first_block.back());
+  problem.partials = partials.get();
+  run("dots", problem, {&dots});
+  int wrong = 0;
+  for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+    for (std::int64_t client = 0; client < clients; ++client) {
+      double sum = 0, magnitude = 0;
+      for (std::size_t leaf = 0; client != 2 && leaf < updates.size(); ++leaf) {
+        const std::int64_t count = shape.coordinates[leaf];
+        for (std::int64_t column = 0; column < count; ++column) {
+          const double x = get(type, updates[leaf].view.at(shape.batch, index), client * count + column);
+          const Array& other = others[leaf];
+          const double y = norms ? x : get(others_type, other.view.at(shape.batch, index),
+                                           (shared ? 0 : client * count) + column);
+          sum += x * y;
+          magnitude += std::fabs(x * y);
+        }
+      }
+      wrong += !is_close(get(Type::kFloat64, dots.view.at(shape.batch, index), client), sum, 1e-13 * magnitude);
+    }
+  }
+  expect(wrong == 0, std::string("dots ") + name_of(type) + " " + name_of(others_type));
+}
+
+void check_finite(Type type) {
+  const std::int64_t clients = 300;
+  const Shape shape = shape_of({2}, clients, {3, 0, 20});
+  std::vector<Array> updates;
+  for (const std::int64_t count : shape.coordinates) {
+    updates.emplace_back(type, shape.batch, clients * count).fill([](std::int64_t) {
+      const double bad[] = {INFINITY, -INFINITY, NAN, -NAN};
+      return random_bits() % 50 == 0 ? bad[random_bits() % 4] : 60000 * normal() / 8;
+    });
+  }
+  Array finite(Type::kBool, shape.batch, clients);
+  run("finite", FiniteClientsProblem{shape, views_of(updates), finite.view}, {&finite});
+  int wrong = 0;
+  for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+    for (std::int64_t client = 0; client < clients; ++client) {
+      bool expected = true;
+      for (std::size_t leaf = 0; leaf < updates.size(); ++leaf) {
+        const std::int64_t count = shape.coordinates[leaf];
+        for (std::int64_t i = 0; i < count; ++i) {
+          expected &= std::isfinite(get(type, updates[leaf].view.at(shape.batch, index), client * count + i));
+        }
+      }
+      wrong += (get(Type::kBool, finite.view.at(shape.batch, index), client) != 0) != expected;
+    }
+  }
+  expect(wrong == 0, std::string("finite ") + name_of(type));
+}
+
+int main_of_test(bool brief) {
+  constexpr Type kTypes[] = {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16};
+  for (const Type type : kTypes) {
+    check_sums(type);
+    check_stack(type, 3, {});
+    check_stack(type, 150, {2});
+    check_finite(type);
+    check_reductions(type, type, false, true, {});
+    check_reductions(type, type, false, true, {2});
+    for (const Type others : kTypes) check_reductions(type, others, others == type, false, {2});
+    check_order_statistics(type, brief);
+    std::printf("%s: %d passed, %d failed\n", name_of(type), passed, failed);
+  }
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace fedfuse
+
+int main(int argc, char** argv) {
+  return fedfuse::cuda::main_of_test(argc > 1 && std::strcmp(argv[1], "0") != 0);
+}

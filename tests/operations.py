@@ -1,0 +1,408 @@
+"""The table of operations that drives the battery. To test a new operation, add a row.
+
+A row names the operation's arguments by kind, and says what it is: linear in what, differentiable in what, sharded how.
+A *case* is a row with some of its optional arguments given: the kernels take different paths for those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+import fedfuse_jax as ff
+from fedfuse_jax import _native, _primitive, reference
+from fedfuse_jax import reduce as reduce_operations
+from fedfuse_jax import robust as robust_operations
+
+
+class Kind(enum.Enum):
+    """What an argument is; this alone says how to sample and how to shard it."""
+
+    STACKED = "a tree of client-stacked leaves"
+    CLIENT = "one client's tree"
+    TOTAL = "one tree, in the accumulator's dtype"
+    CLIENTS = "a list of clients' trees"
+    WEIGHTS = "a number per client"
+    WHERE = "a truth value per client"
+    TRIM = "an integer scalar"
+    SCALAR = "a real scalar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operation. Callables take its arguments by name, as the public function does."""
+
+    operation: str
+    call: Callable[..., Any]
+    definition: Callable[..., Any]
+    oracle: Callable[..., Any]
+    arguments: dict[str, Kind]
+    variants: tuple[tuple[str, ...], ...] = ((),)  # which optional arguments are given
+    linear: tuple[str, ...] = ()  # in each of them alone
+    differentiable: tuple[str, ...] = ()
+    random: bool = False
+    public: bool = True
+    out_dtype: bool = False
+    order_statistic: bool = False
+    coordinate_wise: bool = True  # each coordinate by itself: same bits however the parameters are cut or sharded
+    withstands_overflow: bool = False  # where the result is in range, so are the steps to it
+    collectives: tuple[str, ...] = ()  # those allowed when parameters are sharded
+    label: str = ""
+
+    @property
+    def optional(self) -> set[str]:
+        return {name for variant in self.variants for name in variant}
+
+
+# --- Operations that users reach only through a derivative ------------------------------------------------------
+
+
+def client_dots(updates: Any, others: Any, where: Any = None, shared: bool = False) -> Any:
+    leaves, other_leaves = jax.tree.leaves(updates), jax.tree.leaves(others)
+    dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves + other_leaves)).name
+    operands = {"updates": leaves, "others": other_leaves, "where": where}
+    return reduce_operations.CLIENT_DOTS.bind(operands, (dtype,), shared=shared)[0]
+
+
+def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None) -> Any:
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
+    operands = {"updates": leaves, "values": jax.tree.leaves(values), "where": where, "trim_count": trim_count}
+    return structure.unflatten(robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=-1))
+
+
+def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: Any = None) -> Any:
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [leaf.dtype.name for leaf in leaves]
+    operands = {"updates": leaves, "cotangents": jax.tree.leaves(cotangents), "where": where, "trim_count": trim_count}
+    return structure.unflatten(robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=-1))
+
+
+def _spread_with(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a list of cotangents and of dtypes, as one of a tree whose results have the cotangents' dtypes."""
+
+    def spread(weights: Any, cotangents: Any, where: Any = None) -> Any:
+        leaves, structure = jax.tree.flatten(cotangents)
+        return structure.unflatten(function(weights, leaves, where, [leaf.dtype.name for leaf in leaves]))
+
+    return spread
+
+
+weighted_spread = _spread_with(
+    lambda weights, leaves, where, dtypes: reduce_operations.WEIGHTED_SPREAD.bind(
+        {"weights": weights, "cotangents": leaves, "where": where}, dtypes
+    )
+)
+define_weighted_spread = _spread_with(
+    lambda weights, leaves, where, dtypes: reference.weighted_spread(weights, leaves, where=where, dtypes=dtypes)
+)
+
+
+def in_float64(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The oracle of a sum over coordinates: it may be stricter with the kernel, which sums in float64."""
+    return functools.partial(function, kernel=_native.has_kernel(operation, "cpu"))
+
+
+# --- The table --------------------------------------------------------------------------------------------------
+
+ROWS = (
+    Row(
+        "weighted_sum",
+        call=ff.weighted_sum,
+        definition=reference.weighted_sum,
+        oracle=oracle.weighted_sum,
+        arguments={"updates": Kind.STACKED, "weights": Kind.WEIGHTS, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("updates", "weights"),
+        differentiable=("updates", "weights"),
+        out_dtype=True,
+    ),
+    Row(
+        "weighted_mean",
+        call=ff.weighted_mean,
+        definition=reference.weighted_mean,
+        oracle=oracle.weighted_mean,
+        arguments={"updates": Kind.STACKED, "weights": Kind.WEIGHTS, "where": Kind.WHERE},
+        variants=((), ("weights",), ("weights", "where")),
+        linear=("updates",),
+        differentiable=("updates", "weights"),
+        out_dtype=True,
+    ),
+    Row(
+        "weighted_spread",
+        call=weighted_spread,
+        definition=define_weighted_spread,
+        oracle=oracle.weighted_spread,
+        arguments={"weights": Kind.WEIGHTS, "cotangents": Kind.TOTAL, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("weights", "cotangents"),
+        differentiable=("weights", "cotangents"),
+        public=False,
+    ),
+    Row(
+        "squared_norms",
+        call=ff.squared_norms,
+        definition=reference.squared_norms,
+        oracle=in_float64("squared_norms", oracle.squared_norms),
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates",),
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "finite_clients",
+        call=ff.finite_clients,
+        definition=reference.finite_clients,
+        oracle=oracle.finite_clients,
+        arguments={"updates": Kind.STACKED},
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "accumulate_weighted",
+        call=ff.accumulate_weighted,
+        definition=reference.accumulate_weighted,
+        oracle=oracle.accumulate_weighted,
+        arguments={"total": Kind.TOTAL, "update": Kind.CLIENT, "weight": Kind.SCALAR},
+        linear=(),
+        differentiable=("total", "update", "weight"),
+    ),
+    Row(
+        "stack_clients",
+        call=ff.stack_clients,
+        definition=reference.stack_clients,
+        oracle=oracle.stack_clients,
+        arguments={"updates": Kind.CLIENTS},
+        linear=("updates",),
+        differentiable=("updates",),
+        withstands_overflow=True,
+    ),
+    Row(
+        "coordinate_median",
+        call=ff.coordinate_median,
+        definition=reference.coordinate_median,
+        oracle=oracle.coordinate_median,
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates",),
+        out_dtype=True,
+        order_statistic=True,
+        withstands_overflow=True,
+    ),
+    Row(
+        "trimmed_mean",
+        call=ff.trimmed_mean,
+        definition=reference.trimmed_mean,
+        oracle=oracle.trimmed_mean,
+        arguments={"updates": Kind.STACKED, "trim_count": Kind.TRIM, "where": Kind.WHERE},
+        variants=((), ("where",), ("trim_count",), ("trim_count", "where")),
+        differentiable=("updates",),
+        out_dtype=True,
+        order_statistic=True,
+        withstands_overflow=True,
+    ),
+    Row(
+        "client_dots",
+        call=client_dots,
+        definition=reference.client_dots,
+        oracle=in_float64("client_dots", oracle.client_dots),
+        arguments={"updates": Kind.STACKED, "others": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("updates", "others"),
+        differentiable=("updates", "others"),
+        public=False,
+        coordinate_wise=False,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "client_dots",
+        label="shared_dots",
+        call=functools.partial(client_dots, shared=True),
+        definition=functools.partial(reference.client_dots, shared=True),
+        oracle=functools.partial(in_float64("client_dots", oracle.client_dots), shared=True),
+        arguments={"updates": Kind.STACKED, "others": Kind.TOTAL, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("updates", "others"),
+        differentiable=("updates", "others"),
+        public=False,
+        coordinate_wise=False,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "selected_mean",
+        call=selected_mean,
+        definition=reference.selected_mean,
+        oracle=oracle.selected_mean,
+        arguments={"updates": Kind.STACKED, "values": Kind.STACKED, "trim_count": Kind.TRIM, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("values",),
+        differentiable=("values",),
+        public=False,
+    ),
+    Row(
+        "spread_to_selected",
+        call=spread_to_selected,
+        definition=reference.spread_to_selected,
+        oracle=oracle.spread_to_selected,
+        arguments={"updates": Kind.STACKED, "cotangents": Kind.TOTAL, "trim_count": Kind.TRIM, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("cotangents",),
+        differentiable=("cotangents",),
+        public=False,
+        withstands_overflow=True,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row and the arguments given, in a fixed order, so that transformations may count them."""
+
+    row: Row
+    variant: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.row.arguments if name not in self.row.optional or name in self.variant)
+
+    def __str__(self) -> str:
+        return "-".join((self.row.label or self.row.operation, *self.variant))
+
+    def call(self, *values: Any, **options: Any) -> Any:
+        return self.row.call(**dict(zip(self.names, values, strict=True)), **options)
+
+    def definition(self, *values: Any, **options: Any) -> Any:
+        return self.row.definition(**dict(zip(self.names, values, strict=True)), **options)
+
+    def expect(self, *values: Any, **options: Any) -> Any:
+        return self.row.oracle(**dict(zip(self.names, values, strict=True)), **options)
+
+    def check(self, got: Any, values: Any, **options: Any) -> None:
+        oracle.assert_matches(got, self.expect(*values, **options), str(self))
+
+    def sample(self, problem: Problem) -> tuple[Any, ...]:
+        """The arguments, in NumPy."""
+        return tuple(sample(self.row.arguments[name], name, problem, self) for name in self.names)
+
+    def split(self, values: Any, wanted: tuple[str, ...]) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+        """The wanted arguments, and a function that puts others in their place."""
+        positions = [self.names.index(name) for name in wanted]
+
+        def with_these(*replacements: Any) -> list[Any]:
+            merged = list(values)
+            for position, replacement in zip(positions, replacements, strict=True):
+                merged[position] = replacement
+            return merged
+
+        return tuple(values[position] for position in positions), with_these
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name in self.row.differentiable)
+
+
+CASES = [Case(row, variant) for row in ROWS for variant in row.variants]
+
+
+def has_kernel(operation: str) -> bool:
+    return _native.has_kernel(operation, "cpu")
+
+
+def all_kernels_built() -> bool:
+    return all(map(has_kernel, _primitive.OPERATIONS))
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MIXED = ("float32", "bfloat16", "float16")
+USUAL = (("kernel", (4, 3)), ("bias", ()), ("empty", (0,)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """How large, of which dtype, and what kind of numbers."""
+
+    n_clients: int = 5
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = USUAL
+    dtype: str = "float32"  # or "mixed"
+    values: str = "normal"  # or "apart": no two close; "tied": few different; "wild": NaN and inf; "huge"
+    seed: int = 0
+
+    def dtype_of(self, leaf: int) -> np.dtype:
+        return jnp.dtype(MIXED[leaf % len(MIXED)] if self.dtype == "mixed" else self.dtype)
+
+
+def one_array(*shape: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return (("x", shape),)
+
+
+def numbers(kind: str, generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Numbers of the asked for kind along the first axis, the clients'."""
+    normal = generator.standard_normal(shape)
+    if kind == "apart":  # by .6 at least, in every coordinate: a finite difference changes no order
+        ranks = np.broadcast_to(np.arange(shape[0]).reshape((-1,) + (1,) * (len(shape) - 1)), shape)
+        return (generator.permuted(ranks, axis=0) - shape[0] / 2 + 0.2 * np.tanh(normal)).astype(dtype)
+    if kind == "tied":
+        return generator.integers(-1, 3, shape).astype(dtype) * np.where(normal < 0, -1, 1).astype(dtype)
+    if kind == "wild":
+        specials = np.array([np.nan, np.copysign(np.nan, -1), np.inf, -np.inf, 0.0, -0.0])
+        return np.where(generator.random(shape) < 0.4, generator.choice(specials, shape), normal).astype(dtype)
+    if kind == "huge":
+        return (np.sign(normal) * float(jnp.finfo(dtype).max) * generator.uniform(0.6, 1, shape)).astype(dtype)
+    return normal.astype(dtype)
+
+
+def participation(generator: np.random.Generator, n_clients: int) -> np.ndarray:
+    """About two thirds take part; one at least, and not everybody if there are several."""
+    where = generator.random(n_clients) < 0.7
+    order = generator.permutation(n_clients)
+    where[order[: max(1, n_clients // 2)]] = True
+    where[order[-1]] &= n_clients == 1
+    return where
+
+
+def sample(kind: Kind, name: str, problem: Problem, case: Case) -> Any:
+    """One argument. The same name and problem give the same numbers."""
+    generator = np.random.default_rng([problem.seed, *name.encode()])
+    n_clients = problem.n_clients
+    accumulator = oracle.accumulator_of(*(np.empty(0, problem.dtype_of(i)) for i in range(len(problem.shapes))))
+    if kind is Kind.WEIGHTS:  # every fourth one negative
+        signs = np.where(np.arange(n_clients) % 4 == 3, -1, 1)
+        return (signs * generator.uniform(0.5, 2, n_clients)).astype(accumulator)
+    if kind is Kind.WHERE:
+        return participation(generator, n_clients)
+    if kind is Kind.TRIM:
+        where_generator = np.random.default_rng([problem.seed, *b"where"])
+        present = participation(where_generator, n_clients).sum() if "where" in case.names else n_clients
+        return np.int32(min(1, (present - 1) // 2))
+    if kind is Kind.SCALAR:
+        return accumulator(generator.uniform(0.5, 2))
+    if kind is Kind.CLIENTS:
+        stacked = sample(Kind.STACKED, name, problem, case)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i, ...], stacked) for i in range(n_clients)]
+    tree = {}
+    for leaf, (leaf_name, shape) in enumerate(problem.shapes):
+        dtype = problem.dtype_of(leaf)
+        if kind is Kind.TOTAL:
+            dtype = np.dtype(oracle.accumulator_of(np.empty(0, dtype)))
+        if kind is Kind.STACKED:
+            tree[leaf_name] = numbers(problem.values, generator, (n_clients, *shape), dtype)
+        else:
+            tree[leaf_name] = numbers(problem.values, generator, (1, *shape), dtype)[0]
+    return tree
+
+
+def to_jax(values: Any) -> Any:
+    return jax.tree.map(jnp.asarray, values)

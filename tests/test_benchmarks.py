@@ -1,0 +1,279 @@
+"""The benchmark harness, run for real on problems too small to mean anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedfuse_jax as ff
+from benchmarks import __main__ as command_line
+from benchmarks import forms, measure, operations, report
+from benchmarks.operations import FLOOR, OURS, ROWS, Problem
+
+TINY = Problem(4, 64)
+
+
+def row_named(name: str) -> operations.Row:
+    return next(row for row in ROWS if row.name == name)
+
+
+def public_operations() -> list[str]:
+    """Public names that have a definition; helpers such as ``show_versions`` have none."""
+    return [name for name in ff.__all__ if callable(getattr(ff.reference, name, None))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Report, Path]:
+    """A run of the command line itself over three operations, and the file it wrote."""
+    folder = tmp_path_factory.mktemp("results")
+    chosen = "weighted_sum,coordinate_median,stack_clients"
+    arguments = ["--shapes", "4x64,4x64/3", "--repetitions", "2", "--operations", chosen, "--output", str(folder)]
+    assert command_line.main(arguments) == 0
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text()), path
+
+
+# --- The table ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", public_operations())
+def test_every_operation_has_a_row(name: str) -> None:
+    assert name in {row.name for row in ROWS}, f"{name} has no benchmark: add its entry to benchmarks/operations.py"
+
+
+def test_row_names_are_unique() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("problem", [TINY, Problem(7, 96, "bfloat16"), Problem(130, 16)], ids=lambda p: p.label)
+def test_all_contenders_agree(row: operations.Row, problem: Problem) -> None:
+    if row.variant == "backward" and problem.dtype != "float32":
+        pytest.skip("clients that agree in low precision have no one derivative")
+    measured = measure.measure_row(row, problem, repetitions=1)
+    assert measured["errors"] == {}
+    expected = {"jnp natural": row.natural, "jnp best": row.best, "numpy": row.numpy}
+    assert {name for name, form in expected.items() if form} <= set(measured["contenders"])
+
+
+def test_torch_forms_agree() -> None:
+    pytest.importorskip("torch")
+    for row in ROWS:
+        measured = measure.measure_row(row, TINY, repetitions=1, has_torch=True)
+        assert measured["errors"] == {}, row.name
+
+
+def test_goals_are_about_contenders_that_run() -> None:
+    for row in ROWS:
+        known = {*operations.PEERS, FLOOR, "one array", *row.references}
+        for problem in (*row.problems, *row.gpu_problems):
+            assert {*row.goals(problem), *row.gpu_goals(problem)} <= known, row.name
+    assert row_named("coordinate_median").goals(Problem(32, 10**6))["numpy"].least == 18
+    assert row_named("coordinate_median").goals(Problem(32, 10**4)) == {}
+
+
+# --- The forms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 31, 64])
+def test_the_network_sorts(size: int) -> None:
+    values = np.random.default_rng(size).permutation(size)
+    for low, high in forms.batcher_network(size):
+        values[low], values[high] = min(values[low], values[high]), max(values[low], values[high])
+    assert values.tolist() == list(range(size))
+
+
+def test_bisection_withstands_ties_and_signs() -> None:
+    values = jnp.asarray(np.random.default_rng(0).integers(-2, 3, (151, 40)), jnp.float32)
+    np.testing.assert_array_equal(forms.best_median(values), np.median(values, axis=0))
+    expected = np.sort(values, axis=0)[30:-30].mean(axis=0)
+    np.testing.assert_allclose(forms.best_trimmed_mean(values, 30), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_two_clients_of_a_coordinate_are_alike() -> None:
+    updates = np.asarray(operations.client_updates(Problem(100, 500), jax.random.key(0)))
+    assert (np.diff(np.sort(updates, axis=0), axis=0) > 0).all()
+
+
+@pytest.mark.parametrize(("parameters", "leaves"), [(64, 3), (100, 100), (10**6, 100)])
+def test_leaf_sizes_add_up(parameters: int, leaves: int) -> None:
+    sizes = measure.leaf_sizes(parameters, leaves)
+    assert sum(sizes) == parameters and len(sizes) == leaves and min(sizes) >= 1
+
+
+# --- The stopwatch --------------------------------------------------------------------------------------------
+
+
+def measured_beside(answer: np.ndarray) -> report.Report:
+    extra = measure.Contender("planted", lambda: answer, answer=lambda result: [result])
+    return measure.measure_row(row_named("weighted_sum"), TINY, repetitions=1, extra=[extra])
+
+
+def right_answer() -> np.ndarray:
+    row = row_named("weighted_sum")
+    arguments = jax.jit(partial(row.arguments, TINY))(jax.random.key(0))
+    return np.array(row.call(*arguments))
+
+
+def test_a_right_contender_is_timed() -> None:
+    assert "planted" in measured_beside(right_answer())["contenders"]
+
+
+@pytest.mark.parametrize("fault", [1e-2, np.nan, np.inf])
+def test_a_wrong_contender_is_named_and_not_timed(fault: float) -> None:
+    wrong = right_answer()
+    wrong[17] += fault
+    measured = measured_beside(wrong)
+    assert set(measured["errors"]) == {"planted"}
+    assert "disagrees with fedfuse" in measured["errors"]["planted"]
+    assert "planted" not in measured["contenders"] and "planted" not in measured["ratios"]
+
+
+def test_a_wrong_shape_is_wrong() -> None:
+    assert set(measured_beside(right_answer()[:-1])["errors"]) == {"planted"}
+
+
+def test_a_contender_that_raises_stops_nobody() -> None:
+    def start() -> None:
+        raise RuntimeError("no such thing here\nand a long story")
+
+    extra = measure.Contender("planted", start)
+    measured = measure.measure_row(row_named("weighted_sum"), TINY, repetitions=1, extra=[extra])
+    assert measured["errors"] == {"planted": "RuntimeError: no such thing here"}
+    assert OURS in measured["contenders"]
+
+
+def test_two_that_disagree_are_both_wrong() -> None:
+    assert set(measure.wrong_contenders({"a": [np.ones(2)], "b": [np.zeros(2)]}, 1e-4)) == {"a", "b"}
+
+
+def test_probes_that_differ_make_a_row_inconclusive() -> None:
+    assert measure.probes_agree([1.0, 1.1, 1.3, 1.35])
+    assert not measure.probes_agree([1.0, 1.1, 1.6, 1.7])
+    assert not measure.probes_agree([1.7, 1.6, 1.0, 1.1])
+    assert measure.probes_agree([1.0])
+
+
+def test_an_inconclusive_row_meets_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "probes_agree", lambda samples: False)
+    measured = measure.measure_row(row_named("weighted_sum"), TINY, repetitions=1)
+    assert not measured["conclusive"]
+    assert "inconclusive" in report.cells(measured)[0]
+
+
+def test_goals_are_judged() -> None:
+    wanted = operations.goals(best=2, torch=3, floor=(0.5, 0.8))
+    judged = measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, True)
+    assert {name: goal["met"] for name, goal in judged.items()} == {"jnp best": True, "torch": None, FLOOR: False}
+    assert all(goal["met"] is None for goal in measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, False).values())
+    # Faster than the memory: the probe is at fault, so nothing is proven.
+    assert measure.judged(wanted, {FLOOR: 1.3}, True)[FLOOR]["met"] is None
+
+
+def test_impatience_stops_after_three_samples() -> None:
+    slow = measure.Contender("slow", lambda: None)
+    timings = {"slow": measure.Timing(0.0)}
+    measure.interleave([slow], timings, 7, "cpu", patience=0.0)
+    assert len(timings["slow"].samples) == 3
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_probes_touch_every_word(copy: bool) -> None:
+    arrays = [jnp.ones((4, 64), jnp.bfloat16), jnp.ones(7)]
+    names = [probe.name for probe in measure.probes(arrays, copy, "cpu")]
+    assert all(name.startswith(measure.COPY_PROBE if copy else measure.READ_PROBE) for name in names)
+    pieces = measure._pieces([np.asarray(array) for array in arrays], 3)
+    assert sum(piece.nbytes for piece in pieces) == 4 * 64 * 2 + 6 * 4
+
+
+# --- The report -----------------------------------------------------------------------------------------------
+
+
+def test_the_file_has_its_schema(finished: tuple[report.Report, Path]) -> None:
+    result, path = finished
+    assert result["schema"] == report.SCHEMA
+    assert path.stem.startswith(f"{result['date']}-cpu-")
+    assert {"cpu", "cores", "device", "versions", "kernels"} <= set(result["machine"])
+    assert result["machine"]["versions"]["jax"] == jax.__version__
+    assert {(row["row"], row["leaves"]) for row in result["rows"]} >= {("weighted_sum", 1), ("weighted_sum", 3)}
+    for row in result["rows"]:
+        assert row["bytes"]["read"] > 0 and row["bytes"]["written"] > 0
+        assert row["floor"]["bytes_per_second"] > 0
+        assert isinstance(row["conclusive"], bool) and row["fraction_of_floor"] > 0
+        assert all(len(timing["samples"]) == 2 for timing in row["contenders"].values())
+        ours = row["contenders"][OURS]["seconds"]
+        for name, ratio in row["ratios"].items():
+            assert ratio == pytest.approx(row["contenders"][name]["seconds"] / ours)
+        assert ("one array" in row["ratios"]) == (row["leaves"] > 1)
+    for row in result["overhead"]:
+        assert {f"{OURS}, eager", f"{OURS}, jitted"} <= set(row["microseconds"])
+
+
+def test_bytes_are_counted(finished: tuple[report.Report, Path]) -> None:
+    row = next(row for row in finished[0]["rows"] if row["row"] == "weighted_sum" and row["leaves"] == 1)
+    assert (row["bytes"]["read"], row["bytes"]["written"]) == (4 * 64 * 4 + 4 * 4, 64 * 4)
+
+
+def test_the_plot_is_drawn(finished: tuple[report.Report, Path]) -> None:
+    pytest.importorskip("matplotlib")
+    assert finished[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_is_markdown(finished: tuple[report.Report, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    result, path = finished
+    assert command_line.main(["--table", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| coordinate_median | 4 x 64 float32 |") for line in lines) == 1
+    tables = [line for line in lines if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+    assert any(line.startswith(f"*{result['machine']['device']}") for line in lines)
+
+
+def test_resume_measures_nothing_twice(
+    finished: tuple[report.Report, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, path = finished
+    arguments = ["--shapes", "4x64,4x64/3", "--repetitions", "2", "--operations", "weighted_sum", "--resume"]
+    assert command_line.main([*arguments, "--output", str(path.parent)]) == 0
+    assert "[1/" not in capsys.readouterr().out
+    assert report.load(path)["rows"] == before["rows"]
+
+
+def test_missing_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    hidden = ("torch", "matplotlib", "rich")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
+    for name in ("rich", "rich.console", "rich.table", "rich.text"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    arguments = ["--shapes", "4x64", "--repetitions", "1", "--operations", "finite_clients", "--output", str(tmp_path)]
+    assert command_line.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert all(f"{name} is not installed" in output for name in hidden)
+    assert "| finite_clients |" in output
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--operations", "nonsense"], ["--shapes", "3y4"], ["--dtypes", "int8"], ["--repetitions", "0"], ["--table", "x"]],
+)
+def test_bad_options_say_what_is_needed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main(arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "needs" in message or "No such file" in message
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU here")
+def test_gpu_without_a_gpu_is_one_clear_line() -> None:
+    with pytest.raises(SystemExit, match="--gpu needs a GPU"):
+        command_line.main(["--gpu"])

@@ -1,0 +1,294 @@
+"""Bad input: the right exception, with a message that names operation, argument, what it got and what it needs."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from operations import ROWS, Kind
+
+import fedfuse_jax as ff
+
+X = jnp.ones((4, 3))
+KEY = jax.random.key(0)
+
+REDUCTIONS = {
+    "weighted_sum": lambda updates, **options: ff.weighted_sum(updates, options.pop("weights", np.ones(4)), **options),
+    "weighted_mean": ff.weighted_mean,
+    "squared_norms": ff.squared_norms,
+    "finite_clients": ff.finite_clients,
+    "coordinate_median": ff.coordinate_median,
+    "trimmed_mean": ff.trimmed_mean,
+}
+WITH_WHERE = [name for name in REDUCTIONS if name != "finite_clients"]
+WITH_OUT_DTYPE = ["weighted_sum", "weighted_mean", "coordinate_median", "trimmed_mean"]
+
+
+def refusal(kind, operation, argument, *fragments):
+    """Expects an exception whose message names operation and argument and says what it got and needs."""
+    return kind, (f"{operation}: {argument}", "needs", *fragments)
+
+
+def check_refused(call, kind, fragments):
+    """Refused alike eagerly and while tracing."""
+    for attempt in (call, lambda: jax.eval_shape(call)):
+        with pytest.raises(kind) as caught:
+            attempt()
+        assert type(caught.value) is kind
+        missing = [fragment for fragment in fragments if fragment not in str(caught.value)]
+        assert not missing, f"{missing} not in: {caught.value}"
+
+
+# Updates that no reduction over clients takes: (updates, exception, argument, got and needed).
+BAD_UPDATES = {
+    "integer leaf": ({"w": X, "count": jnp.ones(4, int)}, TypeError, "updates['count']", "int32", "floating-point"),
+    "bool leaf": (jnp.ones((4, 3), bool), TypeError, "updates", "bool", "floating-point"),
+    "complex leaf": (jnp.ones((4, 3), complex), TypeError, "updates", "complex64", "floating-point"),
+    "float8 leaf": (jnp.ones((4, 3), jnp.float8_e4m3fn), TypeError, "updates", "float8_e4m3fn", "floating-point"),
+    "key": (jax.random.split(KEY, 4), TypeError, "updates", "key", "floating-point"),
+    "text": ({"w": "weights"}, TypeError, "updates['w']", "str 'weights'", "floating-point"),
+    "object": ({"w": object()}, TypeError, "updates['w']", "object", "floating-point"),
+    "scalar leaf": ({"w": X, "b": jnp.float32(1)}, ValueError, "updates['b']", "scalar", "client axis"),
+    "mismatched": ({"a": X, "w": jnp.ones((5, 3))}, ValueError, "updates['w']", "5 clients", "['a'] has 4"),
+    "no clients": (jnp.ones((0, 3)), ValueError, "updates", "no clients", "float32[0,3]"),
+    "no leaves": ({}, ValueError, "updates", "no leaves", "one array"),
+    "None": (None, ValueError, "updates", "no leaves", "one array"),
+}
+
+
+@pytest.mark.parametrize("operation", REDUCTIONS)
+@pytest.mark.parametrize("bad", BAD_UPDATES)
+def test_updates(operation, bad):
+    updates, kind, argument, *fragments = BAD_UPDATES[bad]
+    check_refused(lambda: REDUCTIONS[operation](updates), *refusal(kind, operation, argument, *fragments))
+
+
+BAD_WHERE = {
+    "too long": (np.ones(5, bool), ValueError, "(5,)", "(4,)"),
+    "too short": (np.ones(1, bool), ValueError, "(1,)", "(4,)"),
+    "scalar": (True, ValueError, "()", "(4,)"),
+    "matrix": (np.ones((4, 3), bool), ValueError, "(4, 3)", "(4,)"),
+    "integers": (np.ones(4, np.int32), TypeError, "int32", "bool"),
+    "floats": ([1.0, 0.0, 1.0, 1.0], TypeError, "float32", "bool"),
+    "key": (jax.random.split(KEY, 4), TypeError, "key", "bool"),
+    "text": ("everybody", TypeError, "everybody", "bool"),
+}
+
+
+@pytest.mark.parametrize("operation", WITH_WHERE)
+@pytest.mark.parametrize("bad", BAD_WHERE)
+def test_where(operation, bad):
+    where, kind, *fragments = BAD_WHERE[bad]
+    check_refused(lambda: REDUCTIONS[operation](X, where=where), *refusal(kind, operation, "where", *fragments))
+
+
+BAD_WEIGHTS = {
+    "too long": (np.ones(5), ValueError, "(5,)", "(4,)"),
+    "scalar": (1.0, ValueError, "()", "(4,)"),
+    "matrix": (np.ones((4, 1)), ValueError, "(4, 1)", "(4,)"),
+    "complex": (np.ones(4, complex), TypeError, "complex64", "real"),
+    "key": (jax.random.split(KEY, 4), TypeError, "key", "real"),
+    "text": ("equal", TypeError, "equal", "real"),
+}
+
+
+@pytest.mark.parametrize("operation", ["weighted_sum", "weighted_mean"])
+@pytest.mark.parametrize("bad", BAD_WEIGHTS)
+def test_weights(operation, bad):
+    weights, kind, *fragments = BAD_WEIGHTS[bad]
+    check_refused(lambda: REDUCTIONS[operation](X, weights=weights), *refusal(kind, operation, "weights", *fragments))
+
+
+@pytest.mark.parametrize("operation", WITH_OUT_DTYPE)
+@pytest.mark.parametrize(
+    "out_dtype", ["int32", "complex64", "bool", "float8_e4m3fn", "nonsense", ("a", "tuple")], ids=str
+)
+def test_out_dtype(operation, out_dtype):
+    got = out_dtype if isinstance(out_dtype, str) else "tuple"
+    check_refused(
+        lambda: REDUCTIONS[operation](X, out_dtype=out_dtype),
+        *refusal(TypeError, operation, "out_dtype", got, "float32"),
+    )
+
+
+BAD_TRIMS = {
+    "nobody left": ({"trim_count": 2}, ValueError, "trim_count", "is 2", "4 clients"),
+    "far too many": ({"trim_count": 10**30}, ValueError, "trim_count", "4 clients"),
+    "negative": ({"trim_count": -1}, ValueError, "trim_count", "-1", "at least 0"),
+    "NumPy, nobody left": ({"trim_count": np.int64(2)}, ValueError, "trim_count", "is 2", "4 clients"),
+    "float": ({"trim_count": 1.0}, TypeError, "trim_count", "float 1.0", "integer"),
+    "bool": ({"trim_count": True}, TypeError, "trim_count", "bool True", "integer"),
+    "text": ({"trim_count": "1"}, TypeError, "trim_count", "str '1'", "integer"),
+    "traced float": ({"trim_count": jnp.float32(1)}, TypeError, "trim_count", "float32", "integer"),
+    "vector": ({"trim_count": jnp.ones(2, int)}, ValueError, "trim_count", "(2,)", "scalar"),
+    "key": ({"trim_count": KEY}, TypeError, "trim_count", "key", "integer"),
+    "fraction half": ({"trim_fraction": 0.5}, ValueError, "trim_fraction", "0.5", "drops 2", "4 clients"),
+    "fraction one": ({"trim_fraction": 1.0}, ValueError, "trim_fraction", "1.0", "less than 1"),
+    "fraction negative": ({"trim_fraction": -0.1}, ValueError, "trim_fraction", "-0.1", "at least 0"),
+    "fraction NaN": ({"trim_fraction": float("nan")}, ValueError, "trim_fraction", "nan", "less than 1"),
+    "fraction text": ({"trim_fraction": "0.1"}, TypeError, "trim_fraction", "'0.1'", "Python number"),
+    "fraction traced": ({"trim_fraction": jnp.float32(0.1)}, TypeError, "trim_fraction", "float32[]", "Python number"),
+    "fraction None": ({"trim_fraction": None}, TypeError, "trim_fraction", "None", "Python number"),
+    "fraction bool": ({"trim_fraction": False}, TypeError, "trim_fraction", "False", "Python number"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TRIMS)
+def test_trims(bad):
+    options, kind, argument, *fragments = BAD_TRIMS[bad]
+    check_refused(lambda: ff.trimmed_mean(X, **options), *refusal(kind, "trimmed_mean", argument, *fragments))
+
+
+TREE = {"w": jnp.ones(3), "b": jnp.ones(())}
+LOW = jnp.ones(3, jnp.bfloat16)
+BAD_STEPS = {
+    "structure": ((TREE, {"w": jnp.ones(3)}, 1.0), ValueError, "update", "PyTreeDef"),
+    "shape": ((TREE, {"w": jnp.ones(4), "b": jnp.ones(())}, 1.0), ValueError, "update['w']", "(4,)", "(3,)"),
+    "low total": ((LOW, LOW, 1.0), TypeError, "total", "bfloat16", "float32"),
+    "integer update": ((jnp.ones(3), jnp.ones(3, int), 1.0), TypeError, "update", "int32", "floating-point"),
+    "integer total": ((jnp.ones(3, int), jnp.ones(3), 1.0), TypeError, "total", "int32", "floating-point"),
+    "weight vector": ((TREE, TREE, jnp.ones(2)), ValueError, "weight", "(2,)", "scalar"),
+    "weight complex": ((TREE, TREE, 1j), TypeError, "weight", "complex64", "real"),
+    "weight key": ((TREE, TREE, KEY), TypeError, "weight", "key", "real"),
+    "weight text": ((TREE, TREE, "one"), TypeError, "weight", "'one'", "real"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STEPS)
+def test_accumulate_weighted(bad):
+    arguments, kind, argument, *fragments = BAD_STEPS[bad]
+    call = lambda: ff.accumulate_weighted(*arguments)  # noqa: E731
+    check_refused(call, *refusal(kind, "accumulate_weighted", argument, *fragments))
+
+
+BAD_STACKS = {
+    "nobody": ([], ValueError, "updates", "no clients", "at least one"),
+    "an array": (X, TypeError, "updates", "float32[4,3]", "list"),
+    "a dict": ({"w": X}, TypeError, "updates", "dict", "list"),
+    "text": ("clients", TypeError, "updates", "'clients'", "list"),
+    "structure": ([TREE, {"w": jnp.ones(3)}], ValueError, "a client", "PyTreeDef"),
+    "shape": ([jnp.ones(3), jnp.ones(4)], ValueError, "updates[1]", "float32[4]", "float32[3]"),
+    "dtype": ([jnp.ones(3), LOW], ValueError, "updates[1]", "bfloat16[3]", "float32[3]"),
+    "integers": ([jnp.ones(3, int)], TypeError, "updates[0]", "int32", "floating-point"),
+    "key": ([KEY], TypeError, "updates[0]", "key", "floating-point"),
+    "no leaves": ([{}], ValueError, "updates[0]", "no leaves", "one array"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STACKS)
+def test_stack_clients(bad):
+    updates, kind, argument, *fragments = BAD_STACKS[bad]
+    check_refused(lambda: ff.stack_clients(updates), *refusal(kind, "stack_clients", argument, *fragments))
+
+
+def test_every_public_operation_is_refused_something_here():
+    tested = {*REDUCTIONS, "accumulate_weighted", "stack_clients"}
+    assert tested == {row.operation for row in ROWS if row.public}
+    assert set(WITH_WHERE) == {row.operation for row in ROWS if row.public and Kind.WHERE in row.arguments.values()}
+    assert set(WITH_OUT_DTYPE) == {row.operation for row in ROWS if row.out_dtype}
+
+
+# --- Values decide no error -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trim", [-1, 2, 3, 2**31 - 1, -(2**31)])
+def test_a_traced_trim_that_leaves_nobody_gives_nan(trim):
+    got = jax.jit(ff.trimmed_mean)(X, jnp.int32(trim))
+    assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "int16"])
+def test_a_traced_trim_of_any_integer_dtype(dtype):
+    assert np.asarray(jax.jit(ff.trimmed_mean)(X, jnp.asarray(1, dtype))).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_traced_trim_beyond_int32_gives_nan():
+    with jax.enable_x64():
+        for trim in (2**32, 2**32 + 1, -(2**32), 2**63 - 1):
+            assert np.isnan(jax.jit(ff.trimmed_mean)(X, jnp.asarray(trim, jnp.int64))).all(), trim
+        assert np.isnan(jax.jit(ff.trimmed_mean)(X, jnp.asarray(2**64 - 1, jnp.uint64))).all()
+    assert np.isnan(jax.jit(ff.trimmed_mean)(X, jnp.uint32(2**32 - 1))).all()
+
+
+def test_weights_that_cancel_give_no_silent_model():
+    got = ff.weighted_mean(X, np.array([1.0, -1.0, 2.0, -2.0]))
+    assert not np.isfinite(got).any()
+
+
+def test_integer_weights_count_examples():
+    updates = np.arange(12, dtype=np.float32).reshape(4, 3)
+    for weights in ([3, 1, 0, 2], np.array([3, 1, 0, 2], np.uint8), jnp.array([True, False, True, True])):
+        wanted = np.asarray(weights, np.float32) @ updates
+        np.testing.assert_array_equal(ff.weighted_sum(updates, weights), wanted)
+
+
+def test_zero_times_nan_is_nan():
+    updates = X.at[1, 2].set(jnp.nan)
+    for operation in (ff.weighted_sum, ff.weighted_mean):
+        assert np.isnan(operation(updates, np.array([1.0, 0.0, 1.0, 1.0]))).tolist() == [False, False, True]
+
+
+# --- The environment --------------------------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    """Runs code in a fresh interpreter, with or without variables of the environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FEDFUSE_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+LOWERED = """
+import jax, jax.numpy as jnp, fedfuse_jax as ff
+for f in (ff.coordinate_median, ff.squared_norms):
+    text = jax.jit(f).lower(jnp.ones((4, 3))).as_text()
+    print(f.__name__, "custom call" if "fedfuse." in text else "definition", jnp.shape(f(jnp.ones((4, 3)))))
+"""
+
+
+def test_an_unknown_name_is_refused_at_import():
+    done = python("import fedfuse_jax", FEDFUSE_DISABLE_KERNELS="coordinate_median,median")
+    assert done.returncode != 0
+    assert "ValueError: fedfuse_jax: FEDFUSE_DISABLE_KERNELS names 'median', which is no operation" in done.stderr
+    assert "needs 1 or names out of: accumulate_weighted, client_dots, coordinate_median" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["1", "coordinate_median, squared_norms"])
+def test_kernels_are_switched_off(value):
+    done = python(LOWERED, FEDFUSE_DISABLE_KERNELS=value, PYTHONWARNINGS="error::UserWarning")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["coordinate_median definition (3,)", "squared_norms definition (4,)"]
+
+
+def test_one_kernel_is_switched_off_and_the_other_is_not():
+    from operations import has_kernel
+
+    if not has_kernel("squared_norms"):
+        pytest.skip("no compiled kernel to be left on")
+    done = python(LOWERED, FEDFUSE_DISABLE_KERNELS="coordinate_median")
+    said = done.stdout.splitlines()
+    assert said == ["coordinate_median definition (3,)", "squared_norms custom call (4,)"], done.stderr
+
+
+def test_show_versions(capsys):
+    ff.show_versions()
+    said = capsys.readouterr().out
+    for word in ("fedfuse-jax", "python", "jax", "jaxlib", "numpy", "XLA FFI API", "cpu kernels", "cuda kernels"):
+        assert any(line.startswith(word + " ") for line in said.splitlines()), f"{word}: {said}"
+    assert jax.__version__ in said
+    if "cpu kernels  loaded" in " ".join(said.split()) or "loaded, " in said:
+        assert "instruction set" in said
+
+
+def test_show_versions_says_what_is_disabled():
+    done = python("import fedfuse_jax as ff; ff.show_versions()", FEDFUSE_DISABLE_KERNELS="trimmed_mean")
+    assert done.stdout.splitlines()[-1].split() == ["FEDFUSE_DISABLE_KERNELS", "trimmed_mean"], done.stderr
+
+
+def test_every_name_promised_is_there():
+    assert all(hasattr(ff, name) for name in ff.__all__)
+    assert ff.__all__ == sorted(ff.__all__)

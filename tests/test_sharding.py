@@ -1,0 +1,296 @@
+"""Four devices: the right value, and no collective but those that rule 4 of the contract allows.
+
+The layouts shard parameters, clients or both, over one mesh axis or several, leaves differently.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from operations import CASES, Kind, Problem, has_kernel, to_jax
+from test_battery import assert_close, assert_same_bits
+
+SHAPES = (("kernel", (8, 4)), ("wide", (12,)), ("bias", ()))
+PROBLEM = Problem(n_clients=8, shapes=SHAPES, values="apart")
+
+# Each operation with the fewest and with the most of its arguments.
+ENDS = [case for case in CASES if case.variant in (case.row.variants[0], case.row.variants[-1])]
+FULL = [case for case in CASES if case.variant == case.row.variants[-1]]
+each_end = pytest.mark.parametrize("case", ENDS, ids=str)
+each_operation = pytest.mark.parametrize("case", FULL, ids=str)
+differentiable_case = pytest.mark.parametrize("case", [case for case in FULL if case.differentiable], ids=str)
+
+both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    mesh_shape: tuple[int, ...]
+    clients: object = None
+    kernel: tuple = ()
+    wide: tuple = ()
+
+    def spec(self, kind, leaf=None):
+        parameters = {"kernel": self.kernel, "wide": self.wide}.get(leaf, ())
+        return {
+            Kind.STACKED: P(self.clients, *parameters),
+            Kind.WEIGHTS: P(self.clients),
+            Kind.WHERE: P(self.clients),
+        }.get(kind, P(*parameters))
+
+    def specs(self, case, values):
+        """A tree of specs like the arguments."""
+        return tuple(
+            jax.tree_util.tree_map_with_path(
+                lambda path, _, name=name: self.spec(case.row.arguments[name], path[-1].key if path else None), value
+            )
+            for name, value in zip(case.names, values, strict=True)
+        )
+
+
+PARAMETERS = {
+    "one axis": Layout((4,), kernel=("a",), wide=("a",)),
+    "some leaves": Layout((4,), kernel=(None, "a")),
+    "two axes": Layout((2, 2), kernel=("a", "b"), wide=(("a", "b"),)),
+    "leaves differently": Layout((2, 2), kernel=("a", None), wide=("b",)),
+}
+CLIENTS = {
+    "clients": Layout((4,), clients="a"),
+    "clients over two axes": Layout((2, 2), clients=("a", "b")),
+    "clients and parameters": Layout((2, 2), clients="a", kernel=("b",), wide=("b",)),
+}
+ANY = PARAMETERS | CLIENTS
+
+
+@contextlib.contextmanager
+def mesh_of(layout, kind=AxisType.Auto):
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices: XLA was started before tests/conftest.py")
+    mesh = jax.make_mesh(layout.mesh_shape, ("a", "b")[: len(layout.mesh_shape)], (kind,) * len(layout.mesh_shape))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def place(mesh, layout, case, values):
+    specs = layout.specs(case, values)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), values, specs)
+
+
+def check_collectives(text, case, layout):
+    found = hlo.collectives(text)
+    if layout.clients is None:
+        assert found == dict.fromkeys(case.row.collectives, 1)
+    elif not case.row.order_statistic and "selected" not in case.row.operation and case.row.public:
+        assert set(found) <= {"all-reduce"}
+
+
+# --- Shardings that XLA or types say ----------------------------------------------------------------------------
+
+
+@both_kinds
+@pytest.mark.parametrize("layout", ANY.values(), ids=ANY)
+@each_end
+def test_jit(case, layout, kind):
+    values = case.sample(PROBLEM)
+    with mesh_of(layout, kind) as mesh:
+        sharded = place(mesh, layout, case, values)
+        compiled = jax.jit(case.call).lower(*sharded).compile()
+        check_collectives(compiled.as_text(), case, layout)
+        got = compiled(*sharded)
+    case.check(got, values)
+    if has_kernel(case.row.operation) and case.row.coordinate_wise and layout.clients is None:
+        assert_same_bits(got, jax.jit(case.call)(*to_jax(values)))
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["two axes", "clients and parameters"])
+@each_operation
+def test_eager(case, name, kind):
+    layout, values = ANY[name], case.sample(PROBLEM)
+    with mesh_of(layout, kind) as mesh:
+        case.check(case.call(*place(mesh, layout, case, values)), values)
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["leaves differently", "clients and parameters"])
+@differentiable_case
+def test_derivatives(case, name, kind):
+    """The pull-back of sharded arguments gives what it gives on one device, without gathering any."""
+    layout, values = ANY[name], case.sample(PROBLEM)
+
+    def pull_back(values):
+        primals, with_these = case.split(values, case.differentiable)
+        results, pull = jax.vjp(lambda *varied: case.call(*with_these(*varied)), *primals)
+        return pull(jax.tree.map(lambda x: x / (1 + abs(x)), results))
+
+    wanted = jax.jit(pull_back)(to_jax(values))
+    with mesh_of(layout, kind) as mesh:
+        sharded = place(mesh, layout, case, values)
+        compiled = jax.jit(pull_back).lower(sharded).compile()
+        got = compiled(sharded)
+    assert_close(got, wanted)
+    if layout.clients is None:
+        assert set(hlo.collectives(compiled.as_text())) <= {"all-reduce"}
+
+
+@both_kinds
+@each_operation
+def test_vmap_of_sharded_parameters(case, kind):
+    """Mapped over the first argument alone: the others are shared, and stay as they are sharded."""
+    layout, size = PARAMETERS["one axis"], 3
+    samples = [case.sample(dataclasses.replace(PROBLEM, seed=seed)) for seed in range(size)]
+    first = jax.tree.map(lambda *xs: np.stack(xs), *[values[0] for values in samples])
+    rest = samples[0][1:]
+    call = jax.vmap(case.call, (0, *[None] * len(rest)))
+    with mesh_of(layout, kind) as mesh:
+        specs = layout.specs(case, samples[0])
+        first_specs = jax.tree.map(lambda spec: P(None, *spec), specs[0])
+        sharded = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (first, *rest), (first_specs, *specs[1:])
+        )
+        compiled = jax.jit(call).lower(*sharded).compile()
+        got = compiled(*sharded)
+    assert hlo.collectives(compiled.as_text()) == dict.fromkeys(case.row.collectives, 1)
+    for b in range(size):
+        case.check(jax.tree.map(lambda x, b=b: x[b], got), (samples[b][0], *rest))
+
+
+@pytest.mark.parametrize("case", [case for case in FULL if case.row.order_statistic], ids=str)
+def test_order_statistics_of_sharded_clients_gather_nothing(case):
+    """They move to a sharding of the parameters: no device ever holds all of the updates."""
+    problem = Problem(n_clients=8, shapes=(("kernel", (64, 16)),))
+    values, layout = case.sample(problem), CLIENTS["clients"]
+    with mesh_of(layout) as mesh:
+        sharded = place(mesh, layout, case, values)
+        compiled = jax.jit(case.call).lower(*sharded).compile()
+        case.check(compiled(*sharded), values)
+    assert not hlo.large_arrays(compiled.as_text(), 8 * 64 * 16)
+
+
+@each_operation
+def test_uneven_shards(case):
+    """Sizes that the mesh does not divide: XLA pads such arrays, and no sum may see the padding."""
+    problem = Problem(n_clients=6, shapes=(("kernel", (7, 3)), ("wide", (5,)), ("bias", ())), values="apart")
+    layout, values = Layout((4,)), case.sample(problem)
+    uneven = {Kind.STACKED: P(None, "a"), Kind.CLIENTS: P("a"), Kind.CLIENT: P("a"), Kind.TOTAL: P("a")}
+
+    def constrained(*values):
+        def constrain(kind, x):
+            spec = uneven.get(kind, P())
+            return jax.lax.with_sharding_constraint(x, spec) if len(spec) <= x.ndim else x
+
+        return case.call(
+            *[
+                jax.tree.map(functools.partial(constrain, case.row.arguments[name]), value)
+                for name, value in zip(case.names, values, strict=True)
+            ]
+        )
+
+    with mesh_of(layout):
+        case.check(jax.jit(constrained)(*to_jax(values)), values)
+
+
+# --- The user's own shard_map -----------------------------------------------------------------------------------
+
+
+def result_specs(case, layout, values):
+    """Where the results of parameter-sharded arguments lie."""
+    if not case.row.coordinate_wise:
+        return P()
+    results = jax.eval_shape(case.call, *to_jax(values))
+    kind = Kind.STACKED if case.row.operation in ("stack_clients", "spread_to_selected") else Kind.CLIENT
+    return jax.tree_util.tree_map_with_path(lambda path, _: layout.spec(kind, path[-1].key), results)
+
+
+PUBLIC = [case for case in FULL if case.row.public]
+ALL_SHARDED = Problem(n_clients=8, shapes=SHAPES[:2], values="apart")
+
+
+def call_in_shard_map(case, layout, mesh, values):
+    options = {} if case.row.coordinate_wise else {"axis_name": tuple(mesh.axis_names)}
+    return jax.shard_map(
+        lambda *blocks: case.call(*blocks, **options),
+        mesh=mesh,
+        in_specs=layout.specs(case, values),
+        out_specs=result_specs(case, layout, values),
+        check_vma=True,
+    )
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["one axis", "two axes"])
+@pytest.mark.parametrize("case", PUBLIC, ids=str)
+def test_within_shard_map(case, name, kind):
+    layout, values = PARAMETERS[name], case.sample(ALL_SHARDED)
+    with mesh_of(layout, kind) as mesh:
+        sharded = place(mesh, layout, case, values)
+        compiled = jax.jit(call_in_shard_map(case, layout, mesh, values)).lower(*sharded).compile()
+        case.check(compiled(*sharded), values)
+    assert hlo.collectives(compiled.as_text()) == dict.fromkeys(case.row.collectives, 1)
+
+
+@pytest.mark.parametrize("case", [case for case in PUBLIC if case.differentiable], ids=str)
+def test_gradient_within_and_of_shard_map(case):
+    """Both ways round, the gradient of the sum of everybody's results is the gradient on one device."""
+    layout, values = PARAMETERS["one axis"], case.sample(ALL_SHARDED)
+
+    def loss_of(call):
+        def loss(*varied, with_these):
+            results = call(*with_these(*varied))
+            return sum(jnp.sum(jnp.sqrt(1 + leaf**2)) for leaf in jax.tree.leaves(results))
+
+        return loss
+
+    def gradient(call, values):
+        primals, with_these = case.split(values, case.differentiable)
+        return jax.grad(functools.partial(loss_of(call), with_these=with_these), range(len(primals)))(*primals)
+
+    wanted = jax.jit(functools.partial(gradient, case.call))(to_jax(values))
+    with mesh_of(layout) as mesh:
+        sharded = place(mesh, layout, case, values)
+        outside = jax.jit(lambda *v: gradient(call_in_shard_map(case, layout, mesh, values), v))(*sharded)
+        assert_close(outside, wanted)
+        if not case.row.coordinate_wise:
+            return  # every device would count the summed norms once more
+        specs = layout.specs(case, values)
+        varied_specs, _ = case.split(specs, case.differentiable)
+        inside = jax.shard_map(
+            lambda *blocks: gradient(case.call, blocks), mesh=mesh, in_specs=specs, out_specs=varied_specs
+        )
+        assert_close(jax.jit(inside)(*sharded), wanted)
+
+
+@pytest.mark.parametrize("case", [case for case in PUBLIC if case.row.coordinate_wise], ids=str)
+def test_one_axis_manual_and_the_other_automatic(case):
+    """The value only: XLA gathers over the automatic axis before it asks us."""
+    layout, values = PARAMETERS["two axes"], case.sample(Problem(n_clients=8, shapes=SHAPES[:1], values="apart"))
+    manual = Layout((2, 2), kernel=("a",))
+    with mesh_of(layout) as mesh:
+        sharded = place(mesh, layout, case, values)
+        mapped = jax.shard_map(
+            case.call, mesh=mesh, in_specs=manual.specs(case, values), out_specs=result_specs(case, manual, values),
+            axis_names={"a"},
+        )  # fmt: skip
+        case.check(jax.jit(mapped)(*sharded), values)
+
+
+def test_clients_of_a_shard_map_may_be_summed_by_hand():
+    """What docs recommend for clients spread over devices: sum here, psum there."""
+    import fedfuse_jax as ff
+
+    updates = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
+    weights = np.arange(8, dtype=np.float32)
+    with mesh_of(Layout((4,))) as mesh:
+        mapped = jax.shard_map(
+            lambda x, w: jax.lax.psum(ff.weighted_sum(x, w), "a"), mesh=mesh, in_specs=(P("a"), P("a")), out_specs=P()
+        )
+        got = jax.jit(mapped)(updates, weights)
+    oracle.assert_matches(got, oracle.weighted_sum(updates, weights))

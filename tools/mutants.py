@@ -1,0 +1,365 @@
+"""Plants faults, one at a time, and asks whether the tests notice.
+
+    python tools/mutants.py                     all of them
+    python tools/mutants.py --layer python      without a compiler
+    python tools/mutants.py --only 3 17         some of them, by number
+    python tools/mutants.py --check             only whether every fault still finds its place
+    python tools/mutants.py --trust             where the tests are known to pass without a fault
+
+Each fault is a small text substitution in a copy of the tree, in which kernels are rebuilt where C++ changed (with
+little optimisation: the faults are logical) and the tests that should notice are run until the first one does. Before,
+they must have passed without the fault. The exit status is 1 if a fault survives, or finds its place no longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("fedfuse_jax", "ffi", "tests", "benchmarks", "tools", "CMakeLists.txt", "pyproject.toml")
+TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts as caught
+
+LINEAR, ORDER = "linear", "order statistics"
+
+# Which tests to ask: pytest's own words.
+DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
+LINEAR_BATTERY = ("tests/test_battery.py", "-k", "(weighted or norms or finite_clients or stack or dots)")
+ORDER_BATTERY = ("tests/test_battery.py", "-k", "(median or trimmed or selected)")
+ORDER_SIZES = ("tests/test_order_statistics.py",)
+NETWORKS = ("tests/test_networks.py",)
+NATIVE = ("tests/test_export.py", "-k", "wrong_buffers")
+ERRORS = ("tests/test_errors.py",)
+
+
+def sharding(*words: str) -> tuple[str, ...]:
+    """Sharding tests of some operations."""
+    return ("tests/test_sharding.py", "-k", " and ".join(words))
+
+
+def battery(*words: str) -> tuple[str, ...]:
+    """Battery tests of some names."""
+    return ("tests/test_battery.py", "-k", " and ".join(words))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One fault: what is written in which file, what is to stand there instead, and why that is wrong."""
+
+    family: str
+    file: str
+    original: str
+    mutated: str
+    why: str
+    tests: tuple[str, ...]
+    without_kernels: bool = False  # the definitions are to be tested through the public functions
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it takes a compiler."""
+        return self.file.startswith("ffi/")
+
+
+REFERENCE, REDUCE = "fedfuse_jax/reference.py", "fedfuse_jax/reduce.py"
+ROBUST, PRIMITIVE = "fedfuse_jax/robust.py", "fedfuse_jax/_primitive.py"
+LINEAR_KERNEL, LINEAR_TILES = "ffi/cpu/kernels/linear.cc", "ffi/cpu/linear.cc"
+REDUCTIONS, STREAMING, READER = "ffi/cpu/reductions.cc", "ffi/cpu/streaming.cc", "ffi/contract/reader.cc"
+ORDER_KERNEL, ORDER_TILES = "ffi/cpu/kernels/order_statistics_impl.h", "ffi/cpu/order_statistics.cc"
+RADIX, NETWORK_TILE = "ffi/cpu/kernels/radix_select.h", "ffi/cpu/kernels/network_tile.h"
+KEYS, GENERATOR = "ffi/math/ordered_keys.h", "ffi/math/networks.py"
+
+MUTANTS = (
+    # --- Linear operations: definitions -------------------------------------------------------------------------
+    Mutant(LINEAR, REFERENCE, "terms = leaf.astype(dtype) * _over_parameters(weights.astype(dtype), leaf)",
+           "terms = (leaf * _over_parameters(weights.astype(leaf.dtype), leaf)).astype(dtype)",
+           "multiplies in the leaf's low precision", battery("dtypes", "weighted"), without_kernels=True),
+    Mutant(LINEAR, REFERENCE, "terms = jnp.where(_over_parameters(where, leaf), terms, 0)",
+           "terms = terms * _over_parameters(where, leaf)",
+           "an absent client's NaN times zero is NaN", battery("(where_may or no_trace)"), without_kernels=True),
+    Mutant(LINEAR, REFERENCE, "return jnp.sum(terms, axis=0).astype", "return jnp.sum(terms[:-1], axis=0).astype",
+           "forgets the last client", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "jnp.sum(weights if where is None else jnp.where(where, weights, 0))",
+           "jnp.sum(weights)", "divides by the weights of the absent too", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "values[..., whole:]]", "values[..., whole + 1 :]]",
+           "the pairwise sum drops a coordinate", battery("odd_sizes", "norms"), without_kernels=True),
+    Mutant(LINEAR, REFERENCE, "return dots if where is None else jnp.where(where, dots, 0)", "return dots",
+           "an absent client keeps its norm", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "jnp.isfinite(leaf)", "~jnp.isnan(leaf)", "infinity passes for finite", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "return jnp.all(jnp.stack(finite), axis=0)", "return jnp.any(jnp.stack(finite), axis=0)",
+           "one good leaf excuses the others", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "weight.astype(leaf.dtype) * new.astype(leaf.dtype)",
+           "(weight.astype(new.dtype) * new).astype(leaf.dtype)",
+           "multiplies in the update's low precision", battery("dtypes", "accumulate"), without_kernels=True),
+    Mutant(LINEAR, REFERENCE, "jnp.stack(leaves), *updates", "jnp.stack(leaves[::-1]), *updates",
+           "stacks the clients backwards", DEFINITIONS),
+    # --- Linear operations: rules -------------------------------------------------------------------------------
+    Mutant(LINEAR, REDUCE, "value = (value - drift)", "value = (value + drift)",
+           "the quotient rule's wrong sign", battery("deriv", "weighted_mean")),
+    Mutant(LINEAR, REDUCE, "scale = weights / _masked(weights, where).sum(-1, keepdims=True)",
+           "scale = weights / weights.sum(-1, keepdims=True)",
+           "the mean's gradient divides by absent clients' weights", battery("(deriv or gradient)", "weighted_mean")),
+    Mutant(LINEAR, REFERENCE, "products = jnp.where(_over_parameters(where, stacked), products, 0)",
+           "products = jnp.where(_over_parameters(where, stacked), products, products)",
+           "an absent client has a gradient", battery("absent", "weighted"), without_kernels=True),
+    Mutant(LINEAR, REDUCE, "return [2 * dots]", "return [dots]", "half the derivative", battery("deriv", "norms")),
+    Mutant(LINEAR, REDUCE, '"weights": cotangent, "where": where}', '"weights": cotangent, "where": None}',
+           "absent clients add to a shared operand's gradient", battery("(deriv or absent)", "shared_dots")),
+    Mutant(LINEAR, REDUCE, 'if tangents["weight"] is not None:', "if False:",
+           "no derivative by the streaming weight", battery("deriv", "accumulate")),
+    Mutant(LINEAR, REDUCE, "sums, _masked(operands[\"weights\"], operands[\"where\"]).sum(-1)), names)",
+           "sums, operands[\"weights\"].sum(-1)), names)",
+           "sharded clients: absent ones weigh in", sharding("test_jit", "weighted_mean", "clients")),
+    Mutant(LINEAR, PRIMITIVE, "parts.append([jnp.where(first, x, 0) for x in part])", "parts.append(list(part))",
+           "a replicated leaf counts once a device", sharding("test_jit", "norms", "differently")),
+    Mutant(LINEAR, PRIMITIVE, "cotangent = jnp.sum(cotangent, axis=shared, keepdims=True)",
+           "cotangent = jnp.mean(cotangent, axis=shared, keepdims=True)",
+           "the gradient of what vmap shares is averaged", battery("gradient_of_a_vmap")),
+    Mutant(LINEAR, PRIMITIVE, "jnp.moveaxis(x, dim, 0)", "jnp.moveaxis(x, 0, dim)",
+           "moves the wrong axis to the front", battery("test_vmap")),
+    # --- Order statistics: definitions --------------------------------------------------------------------------
+    Mutant(ORDER, REFERENCE, "num_keys=2, is_stable=True", "num_keys=1, is_stable=True",
+           "sorts by participation alone", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "(~_present(where, leaf.shape[0]), leaf)", "(_present(where, leaf.shape[0]), leaf)",
+           "the absent come first", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "0, num_present - 2 * trim_count)", "0, num_present - trim_count)",
+           "trims one end only", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "(ranks >= trim_count) &", "(ranks > trim_count) &", "off by one rank", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "jnp.where(trim_count < 0, 0,", "jnp.where(trim_count < -9, 0,",
+           "a negative trim makes up clients", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "jnp.where(jnp.isfinite(total), total / count, jnp.sum(kept / count, axis=0))",
+           "total / count", "the mean of two great values overflows", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "jnp.where(num_kept > 0, mean, jnp.nan)", "mean", "nobody's mean is zero", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "kept = jnp.where(selected, value.astype(dtype), 0)",
+           "kept = jnp.where(selected, value, 0)", "adds up in the leaf's low precision",
+           battery("dtypes", "(median or trimmed)"), without_kernels=True),
+    Mutant(ORDER, REFERENCE, "int(trim_fraction * m)", "int(np.float32(trim_fraction) * np.float32(m))",
+           "0.29 of 100 clients is 29 in float32", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "return (num_present - 1) // 2", "return num_present // 2 - 1",
+           "an odd count's median is a mean of three", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "share = cotangent.astype(dtype) / jnp.maximum(num_kept, 1).astype(dtype)",
+           "share = cotangent.astype(dtype)", "every kept client gets the whole cotangent", DEFINITIONS),
+    # --- Order statistics: rules --------------------------------------------------------------------------------
+    Mutant(ORDER, ROBUST, "counts[jnp.sum(where, dtype=jnp.int32)]", "counts[n_clients]",
+           "a fraction of all clients, not of those who take part", ("tests/test_reference.py", "-k", "participants")),
+    Mutant(ORDER, ROBUST, 'operands["where"],\n            "trim_count"', 'None,\n            "trim_count"',
+           "derivatives forget who takes part", battery("absent", "(median or trimmed)")),
+    Mutant(ORDER, ROBUST, "reference.median_trim_count(jnp.sum(where, dtype=jnp.int32))",
+           "reference.median_trim_count(n_clients)", "the middle of all, not of those who take part",
+           battery("where_may", "median")),
+    Mutant(ORDER, ROBUST, "isinstance(n_clients, int) and 2 * k >=", "isinstance(n_clients, int) and 2 * k >",
+           "a trim that leaves nobody is not refused", (*ERRORS, "-k", "trims")),
+    Mutant(ORDER, ROBUST, "return trim if trim_count is None else trim_count", "return trim",
+           "the definition ignores a traced trim", battery("eager", "trimmed"), without_kernels=True),
+    Mutant(ORDER, ROBUST, 'definition=_order_definition,\n        whole_axes=("clients",),',
+           "definition=_order_definition,", "every device takes the median of its own clients",
+           sharding("test_jit", "median", "clients")),
+    Mutant(ORDER, PRIMITIVE, "mlir.register_lowering(self._inner, self._lower_kernel, platform=platform)", "pass",
+           "kernels are never called", ("tests/test_compiled_text.py", "-k", "one_call_for")),
+    # --- Linear operations: kernels -----------------------------------------------------------------------------
+    Mutant(LINEAR, LINEAR_KERNEL, "add_product(&sum, weights[row], widened(rows[row] + column))",
+           "add_product(&sum, weights[0], widened(rows[row] + column))",
+           "every row of a sweep has the first one's weight", battery("odd_sizes", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "if (!is_first) sum = load_accumulators(out + column);", "",
+           "each sweep starts anew", battery("(odd_sizes or many_clients)", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "if (rest & 2)", "if (rest & 2 & row)", "drops two rows of three",
+           battery("(odd_sizes or dtypes)", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "is_first ? 0 : rest", "0", "the last columns forget earlier rows",
+           battery("odd_sizes", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "if (num_rows == 0)", "if (num_rows < 0)", "nobody's sum is whatever was there",
+           battery("where_may", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "out[column] /= by", "out[column] *= by", "multiplies by the total weight",
+           battery("eager", "weighted_mean")),
+    Mutant(LINEAR, LINEAR_KERNEL, "doubles(a.parts[part], half) *", "doubles(a.parts[part], 0) *",
+           "the upper half of a vector is squared as the lower", battery("odd_sizes", "norms")),
+    Mutant(LINEAR, LINEAR_KERNEL, "Tail(row + column, columns - column)", "Tail(row + column, columns - column - 1)",
+           "the last coordinate may be NaN", battery("not_finite", "finite_clients")),
+    Mutant(LINEAR, LINEAR_TILES, "if (!is_present(problem.where,", "if (is_present(problem.where,",
+           "the weights of the wrong clients", battery("eager", "weighted")),
+    Mutant(LINEAR, LINEAR_TILES, "total += weight", "total = weight", "divides by the last weight",
+           battery("eager", "weighted_mean")),
+    Mutant(LINEAR, REDUCTIONS, "is_present(problem.where, shape, tile.batch, client)",
+           "is_present(problem.where, shape, 0, client)", "all of a batch share one participation",
+           battery("vmap", "norms")),
+    Mutant(LINEAR, REDUCTIONS, "shared_is_widened = problem.shared", "shared_is_widened = true",
+           "all clients' low-precision operands are the first one's", battery("dtypes", "dots")),
+    Mutant(LINEAR, REDUCTIONS, "double sum = 0;", "float sum = 0;", "adds up blocks in single precision",
+           battery("digits")),
+    Mutant(LINEAR, STREAMING, "row += row_bytes;", "row += bytes;", "stacks tiles over each other",
+           battery("run_after_run", "stack")),
+    Mutant(LINEAR, READER, "own != 1 && own != size", "own > size", "accepts a batch that is too small", NATIVE),
+    # --- Order statistics: kernels ------------------------------------------------------------------------------
+    Mutant(ORDER, ORDER_TILES, "2 * k < static_cast<std::int64_t>", "2 * k <= static_cast<std::int64_t>",
+           "a trim that leaves nobody is carried out", ORDER_BATTERY),
+    Mutant(ORDER, ORDER_TILES, "trim < 0 || rows.size() <", "trim < 0 && rows.size() <",
+           "an absent client's gradient is whatever was there",
+           battery("(absent or eager or where)", "(median or spread)")),
+    Mutant(ORDER, ORDER_TILES, "std::numeric_limits<float>::quiet_NaN()", "0.0f", "a silent zero model",
+           battery("where_may", "median")),
+    Mutant(ORDER, ORDER_KERNEL, "skip -= bits_as<Lane>(key_of_rank(rank) == low)", "skip = Vector<Lane>{}",
+           "ties at the lower end are all kept", battery("ties", "(spread or selected)")),
+    Mutant(ORDER, ORDER_KERNEL, "to_take[group + i] = num_rows - trim -", "to_take[group + i] = num_rows - trim - 1 -",
+           "one who ties at the upper end is lost", ("tests/test_order_statistics.py", "-k", "follow")),
+    Mutant(ORDER, ORDER_KERNEL, "sums[vector][part] / static_cast<Accumulator>(count)", "sums[vector][part]",
+           "a sum of tangents instead of their mean", battery("eager", "selected_mean")),
+    Mutant(ORDER, RADIX, "remaining >= zeros", "remaining > zeros", "off by one rank at every bit", ORDER_SIZES),
+    Mutant(ORDER, RADIX, "(std::uint32_t{1} << rest) - 1", "(std::uint32_t{1} << rest) - 2",
+           "a row of the last block is no candidate", ORDER_SIZES),
+    Mutant(ORDER, RADIX, "result->below[column] = below[lane];", "result->below[column] = below[lane] + 1;",
+           "counts one too many below", ORDER_SIZES),
+    Mutant(ORDER, NETWORK_TILE, "num_rows - 2 * trim <= 2", "num_rows - 2 * trim <= 3",
+           "three kept values from a network of two", ORDER_SIZES),
+    Mutant(ORDER, NETWORK_TILE, "input < low_pads_ ? low_pad_ : high_pad_", "low_pad_",
+           "all pads below: every rank shifts", ORDER_SIZES),
+    Mutant(ORDER, KEYS, "static constexpr Integer kNegativeInfinity = -0x7f800001;",
+           "static constexpr Integer kNegativeInfinity = -0x7fc00001;", "some negative NaNs count as the least value",
+           battery("not_finite", "median")),
+    Mutant(ORDER, GENERATOR, "larger, smaller[distance:]", "larger[1:], smaller[distance:]",
+           "comparators between the wrong wires", NETWORKS),
+    Mutant(ORDER, GENERATOR, "wants[low] = wants[high] = Want.VALUE", "wants[low] = Want.VALUE",
+           "prunes what is needed", NETWORKS),
+)  # fmt: skip
+
+
+# --- Planting and asking ----------------------------------------------------------------------------------------
+
+
+def places(mutant: Mutant, tree: Path) -> int:
+    """How often the fault's original text stands in its file; it should be once."""
+    return (tree / mutant.file).read_text().count(mutant.original)
+
+
+def copy_tree(into: Path) -> None:
+    """The parts of the repository that tests and build need; kernels that are there already come along."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, into / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        elif source.exists():
+            shutil.copy2(source, into / name)
+
+
+def build(tree: Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Builds the CPU module into the tree; the second time, only what changed."""
+    if not (directory / "CMakeCache.txt").exists():
+        configure = ["cmake", "-S", tree, "-B", directory, f"-DPython_EXECUTABLE={sys.executable}",
+                     "-DCMAKE_BUILD_TYPE=Mutants", "-DCMAKE_CXX_FLAGS=-O1 -DNDEBUG"]  # fmt: skip
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        done = subprocess.run(configure, capture_output=True, text=True)
+        if done.returncode:
+            return done
+    jobs = str(os.cpu_count() or 1)
+    done = subprocess.run(["cmake", "--build", directory, "-j", jobs], capture_output=True, text=True)
+    for module in directory.glob("_cpu*.so"):
+        # Not over the old one, which the tests may have mapped.
+        (tree / "fedfuse_jax" / module.name).unlink(missing_ok=True)
+        shutil.copy2(module, tree / "fedfuse_jax" / module.name)
+    return done
+
+
+def run_tests(mutant: Mutant, tree: Path) -> str:
+    """``caught``, ``survived``, or what went wrong with the asking itself."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    if mutant.without_kernels:
+        environment["FEDFUSE_DISABLE_KERNELS"] = "1"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest",
+               "-o", "addopts=", "-m", "not full", *mutant.tests]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return "caught"
+    if done.returncode == 0:
+        return "survived"
+    # 1: a test failed. Below 0: the process died of a signal. Anything else, nothing was asked.
+    return "caught" if done.returncode == 1 or done.returncode < 0 else f"not asked: {done.stdout[-300:]}"
+
+
+def broken_tests(mutants: list[Mutant], tree: Path) -> list[str]:
+    """The selections of tests that do not pass as things are, and so would catch anything."""
+    selections = {(mutant.tests, mutant.without_kernels): mutant for mutant in mutants}
+    return [" ".join(mutant.tests) for mutant in selections.values() if run_tests(mutant, tree) != "survived"]
+
+
+def ask(mutant: Mutant, tree: Path, build_directory: Path) -> str:
+    """Plants the fault, asks, and takes it out again."""
+    path = tree / mutant.file
+    original = path.read_text()
+    if original.count(mutant.original) != 1:
+        return f"its place is there {original.count(mutant.original)} times"
+    path.write_text(original.replace(mutant.original, mutant.mutated))
+    try:
+        needs_build = mutant.compiled and mutant.tests != NETWORKS
+        if needs_build and build(tree, build_directory).returncode:
+            return "does not compile"
+        return run_tests(mutant, tree)
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    """Plants what the command line asks for and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", choices=("python", "kernels"), help="faults in Python only, or in C++ only")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="the numbers of the faults to plant")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests without the fault first")
+    parser.add_argument("--check", action="store_true", help="only look whether every fault finds its place")
+    options = parser.parse_args()
+
+    chosen = [
+        (number, mutant)
+        for number, mutant in enumerate(MUTANTS)
+        if (options.layer is None or mutant.compiled == (options.layer == "kernels"))
+        and (options.only is None or number in options.only)
+    ]
+    if options.check:
+        lost = [(number, mutant) for number, mutant in chosen if places(mutant, ROOT) != 1]
+        for number, mutant in lost:
+            print(f"{number:3}  {places(mutant, ROOT)} places  {mutant.file}: {mutant.original}")
+        print(f"{len(chosen) - len(lost)} of {len(chosen)} faults find their place.")
+        return 1 if lost else 0
+
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        tree, build_directory = Path(directory, "tree"), Path(directory, "build")
+        tree.mkdir()
+        copy_tree(tree)
+        if any(mutant.compiled for _, mutant in chosen):
+            print("building the kernels, without a fault ...", flush=True)
+            done = build(tree, build_directory)
+            if done.returncode:
+                print(done.stdout[-2000:], done.stderr[-2000:])
+                return 1
+        if not options.trust:
+            print("running the tests without a fault ...", flush=True)
+            broken = broken_tests([mutant for _, mutant in chosen], tree)
+            if broken:
+                print("These fail without any fault:", *broken, sep="\n  ")
+                return 1
+        compiled_before = False
+        for position, (number, mutant) in enumerate(chosen):
+            if compiled_before and not mutant.compiled:
+                build(tree, build_directory)  # the last fault is still in the module
+            started = time.monotonic()
+            outcome = ask(mutant, tree, build_directory)
+            compiled_before = mutant.compiled
+            outcomes[outcome] += 1
+            seconds = time.monotonic() - started
+            print(
+                f"[{position + 1:2}/{len(chosen)}] {number:3}  {outcome:9} {seconds:4.0f} s  {mutant.family:16} "
+                f"{mutant.file}: {mutant.why}",
+                flush=True,
+            )
+    print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+    return 0 if set(outcomes) <= {"caught"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
