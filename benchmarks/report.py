@@ -209,7 +209,7 @@ def plot(report: Report, path: Path) -> None:
         # On a logarithmic axis bars grow from 1, the break-even: to the right we are faster, to the left slower.
         left.barh(places, [ratio - 1 for ratio in ratios], height * 0.9, left=1, color=_COLORS[peer], label=peer)
         for place, ratio in zip(places, ratios, strict=True):
-            beyond = dict(ha="left", xytext=(3, 0)) if ratio >= 1 else dict(ha="right", xytext=(-3, 0))
+            beyond = {"ha": "left", "xytext": (3, 0)} if ratio >= 1 else {"ha": "right", "xytext": (-3, 0)}
             left.annotate(
                 f"{_number(ratio)}x", (ratio, place), textcoords="offset points", va="center", fontsize=7, **beyond
             )

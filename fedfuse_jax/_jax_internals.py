@@ -71,7 +71,7 @@ def as_varying(value: Any, axes: frozenset[Any]) -> Any:
         return value
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, missing, to="varying")
-    return jax.lax.pvary(value, missing)
+    return jax.lax.pvary(value, missing)  # type: ignore[attr-defined]  # JAX < 0.9
 
 
 def zero_tangent(value: Any) -> ad.Zero:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -182,8 +182,10 @@ class Operation:
                 operand_axes.append(batch + spec.axes + parameters[leaf])
         result_axes: list[tuple[Axis, ...]] = []
         for spec in self.results(layout.attributes):
-            leaves = range(layout.num_leaves) if spec.per_leaf else [None]
-            result_axes.extend(batch + spec.axes + (parameters[leaf] if spec.per_leaf else ()) for leaf in leaves)
+            if spec.per_leaf:
+                result_axes.extend(batch + spec.axes + parameters[leaf] for leaf in range(layout.num_leaves))
+            else:
+                result_axes.append(batch + spec.axes)
         return operand_axes, result_axes
 
     def _sizes(self, avals: Sequence[Any], operand_axes: Sequence[tuple[Axis, ...]], layout: Layout) -> dict[Axis, Any]:
@@ -285,14 +287,11 @@ class Operation:
         known = [None if type(ct) is ad.Zero else ct for ct in cotangents]
         if all(ct is None for ct in known):
             return [None] * len(flat)
-        full = [
-            jnp.zeros(ct.aval.shape, ct.aval.dtype) if type(ct) is ad.Zero else ct for ct in cotangents
-        ]
+        full = [ad.instantiate_zeros(ct) for ct in cotangents]
+        assert self._transpose is not None
         by_operand = self._transpose(BoundCall(self, layout, None), full, self._unflatten(flat, layout))
-        none: Operands = {
-            spec.name: [None] * layout.num_leaves if spec.per_leaf else None for spec in self.operands(layout.attributes)
-        }
-        wanted = self._flatten({**none, **by_operand}, layout)
+        nothing = self._unflatten([None] * len(flat), layout)
+        wanted = self._flatten({**nothing, **by_operand}, layout)
         return [
             _sum_shared(ct, x.aval, layout.batch_dims) if ad.is_undefined_primal(x) else None
             for ct, x in zip(wanted, flat, strict=True)
@@ -301,7 +300,8 @@ class Operation:
     # --- Lowering ----------------------------------------------------------------------------------------------
 
     def _lower_outer(self, ctx: mlir.LoweringRuleContext, *flat: Any, layout: Layout) -> Any:
-        shardings = [aval.sharding for aval in ctx.avals_in if internals.explicit_axes(aval.sharding.mesh)]
+        avals_in: Sequence[Any] = ctx.avals_in
+        shardings = [aval.sharding for aval in avals_in if internals.explicit_axes(aval.sharding.mesh)]
         sharded = [sharding for sharding in shardings if any(entry is not None for entry in sharding.spec)]
         if sharded:
             run = self._shard_map(sharded[0].mesh, ctx.avals_out, layout)
@@ -388,7 +388,9 @@ class Operation:
                 check_vma=False,
             )
             results = mapped(*operands)
-            return [internals.resharded(x, mesh, aval.sharding.spec) for x, aval in zip(results, avals_out, strict=True)]
+            return [
+                internals.resharded(x, mesh, aval.sharding.spec) for x, aval in zip(results, avals_out, strict=True)
+            ]
 
         return run
 
@@ -464,14 +466,14 @@ class Operation:
         for sharded_over in sorted(set(leaf_axes), key=sorted):
             chosen = [leaf for leaf in range(layout.num_leaves) if leaf_axes[leaf] == sharded_over]
             part = call.run_local(call.restrict(operands, chosen), num_leaves=len(chosen))
-            first = functools.reduce(
-                jnp.logical_and, [lax.axis_index(name) == 0 for name in sorted(everything - sharded_over)], True
-            )
+            first = sum(lax.axis_index(name) for name in sorted(everything - sharded_over)) == 0
             if self._reduce == "all":
                 part = [(~x).astype(jnp.int32) for x in part]
             parts.append([jnp.where(first, x, 0) for x in part])
         names = tuple(sorted(everything))
-        totals = [lax.psum(sum(xs[1:], xs[0]), names) if names else sum(xs[1:], xs[0]) for xs in zip(*parts)]
+        totals = [
+            lax.psum(sum(xs[1:], xs[0]), names) if names else sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)
+        ]
         return [total == 0 for total in totals] if self._reduce == "all" else totals
 
 
@@ -497,7 +499,9 @@ class BoundCall(NamedTuple):
     def batch_dims(self) -> int:
         return self.layout.batch_dims
 
-    def bind(self, operation: Operation, operands: Operands, out_dtypes: Sequence[str], **attributes: Any) -> list[Array]:
+    def bind(
+        self, operation: Operation, operands: Operands, out_dtypes: Sequence[str], **attributes: Any
+    ) -> list[Array]:
         """Calls another operation on operands with this call's batch axes."""
         return operation.bind_batched(operands, out_dtypes, self.batch_dims, tuple(sorted(attributes.items())))
 
@@ -565,7 +569,10 @@ def _shardy_rule(operands: Any, operand_axes: Any, results: Any, result_axes: An
         mappings = []
         for t, axes in zip(types, axes_of, strict=True):
             # An axis of size 1 is not sharded, and must not clash with its full-size namesake.
-            named = [axis.replace(".", "_") if size != 1 else f"one{next(fresh)}" for axis, size in zip(axes, t.shape)]
+            named = [
+                axis.replace(".", "_") if size != 1 else f"one{next(fresh)}"
+                for axis, size in zip(axes, t.shape, strict=True)
+            ]
             mappings.append(internals.ArrayMapping(*named))
         return tuple(mappings)
 

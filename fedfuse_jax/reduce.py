@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -58,9 +57,7 @@ def weighted_sum(updates: PyTree, weights: Any, *, where: Any = None, out_dtype:
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
     leaves, n_clients = checks.client_stacked("weighted_sum", updates)
-    weights = checks.per_client(
-        "weighted_sum", "weights", weights, n_clients, checks.tree_accumulator(leaves.arrays)
-    )
+    weights = checks.per_client("weighted_sum", "weights", weights, n_clients, checks.tree_accumulator(leaves.arrays))
     where = checks.participation("weighted_sum", where, n_clients)
     dtypes = checks.result_dtypes("weighted_sum", leaves.arrays, out_dtype)
     operands = {"updates": leaves.arrays, "weights": weights, "where": where}
@@ -385,8 +382,8 @@ def _linear_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[
                 slope = _masked(tangents["weights"], where).sum(-1).astype(value.dtype)
                 drift = result.astype(value.dtype) * call.scalar(slope, value.ndim)
                 value = (value - drift) / call.scalar(total, value.ndim)
-            value = value.astype(result.dtype)
-            out[leaf] = value if out[leaf] is None else out[leaf] + value
+            value, known = value.astype(result.dtype), out[leaf]
+            out[leaf] = value if known is None else known + value
     return out
 
 

@@ -11,6 +11,7 @@ by zero, so its NaNs go nowhere.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -112,7 +113,7 @@ def client_dots(updates: PyTree, others: PyTree, *, shared: bool = False, where:
         products = leaf.astype(dtype) * other
         return _pairwise_sum(products.reshape(leaf.shape[0], math.prod(leaf.shape[1:])))
 
-    dots = sum(jax.tree.leaves(jax.tree.map(dot_leaf, updates, others)))
+    dots = functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dot_leaf, updates, others)))
     return dots if where is None else jnp.where(where, dots, 0)
 
 
@@ -129,9 +130,7 @@ def finite_clients(updates: PyTree) -> Array:
 
 def accumulate_weighted(total: PyTree, update: PyTree, weight: Array) -> PyTree:
     """``total + weight · update`` for one client's tree."""
-    return jax.tree.map(
-        lambda leaf, new: leaf + weight.astype(leaf.dtype) * new.astype(leaf.dtype), total, update
-    )
+    return jax.tree.map(lambda leaf, new: leaf + weight.astype(leaf.dtype) * new.astype(leaf.dtype), total, update)
 
 
 def stack_clients(updates: list[PyTree]) -> PyTree:
@@ -221,9 +220,7 @@ def selected_mean(
     return jax.tree.map(reduce_leaf, updates, values)
 
 
-def spread_to_selected(
-    updates: PyTree, cotangents: PyTree, trim_count: Any, *, where: Array | None = None
-) -> PyTree:
+def spread_to_selected(updates: PyTree, cotangents: PyTree, trim_count: Any, *, where: Array | None = None) -> PyTree:
     """The transpose of ``selected_mean``: a kept client gets its share of the cotangent, the others exactly 0."""
 
     def spread_leaf(leaf: Array, cotangent: Array) -> Array:

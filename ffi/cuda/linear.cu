@@ -23,9 +23,10 @@ struct WeightedSum {
   using Parameters = cuda::Parameters<2, SumOptions>;
 
   static constexpr int kThreads = 256;
+  static constexpr int kBlocks = 3;
   static constexpr int kColumns = Elements::kSize;  // a thread's
   static constexpr int kTileColumns = kThreads * kColumns;
-  static constexpr int kRowsInFlight = 8;
+  static constexpr int kRowsInFlight = 4;
 
   struct Shared {
     PresentClients<kThreads> present;

@@ -150,9 +150,13 @@ FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
   return number;
 }
 
-// Registers that the values of a sorting network take, and how many blocks of 128 threads should find room for them and for
-// some forty others.
-constexpr int sorting_blocks(int words) { return words <= 24 ? 6 : words <= 48 ? 5 : words <= 64 ? 4 : words <= 128 ? 3 : 2; }
+// How many blocks of a sorting network of so many registers should find room, with the other registers that its kernel was
+// seen to need.
+constexpr int sorting_blocks(int words, int columns) {
+  constexpr int kRegistersOfThread = 65536 / 128;
+  const int blocks = kRegistersOfThread / (words + (columns > 1 ? 64 : 46));
+  return blocks < 6 ? blocks : 6;
+}
 
 // Any trim, any participation, any of the wanted things, by a network that sorts; or the mean that a cheaper network is
 // made for, of all clients.
@@ -168,7 +172,7 @@ struct NetworkBody {
   static constexpr int kTileColumns = kThreads * kColumns;
   static constexpr int kInputs = Network::kInputs;
   static constexpr int kOutputs = Network::kOutputs;
-  static constexpr int kBlocks = kSorts ? sorting_blocks(kInputs * static_cast<int>(sizeof(Value) / 4)) : 0;
+  static constexpr int kBlocks = kSorts ? sorting_blocks(kInputs * static_cast<int>(sizeof(Value) / 4), kColumns) : 0;
 
   struct Shared {
     PresentClients<kThreads> present;

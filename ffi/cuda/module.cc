@@ -1,0 +1,82 @@
+// The CUDA module: handlers that decode a call, check it against its contract and put its kernels on XLA's stream.
+#include <string>
+
+#include "cuda/operations.h"
+#include "cuda/runtime.h"
+#include "handlers/bindings.h"
+#include "handlers/decode.h"
+
+namespace fedfuse {
+namespace {
+
+namespace ffi = xla::ffi;
+namespace nb = nanobind;
+
+template <typename Problem, std::string (*read)(const Call&, Problem*)>
+ffi::Error handle(const char* operation, cuda::Stream stream, const ffi::RemainingArgs& operands,
+                  const ffi::RemainingRets& results, const ffi::Dictionary& attributes) {
+  try {
+    Problem problem;
+    std::string error = read(decode_call(operation, operands, results, attributes), &problem);
+    if (!error.empty()) return ffi::Error::InvalidArgument(error);
+    error = cuda::enqueue(problem, stream);
+    if (error.empty()) return ffi::Error::Success();
+    return ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error);
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error.what());
+  }
+}
+
+// Launches depend on shapes, types and attributes alone, so XLA may record them in a command buffer.
+#define FEDFUSE_HANDLER(operation, Problem, read)                                                  \
+  XLA_FFI_DEFINE_HANDLER(                                                                          \
+      operation,                                                                                   \
+      [](cuda::Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,             \
+         ffi::Dictionary attributes) {                                                             \
+        return (handle<Problem, read>)(#operation, stream, operands, results, attributes);         \
+      },                                                                                           \
+      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>().RemainingArgs().RemainingRets().Attrs(), \
+      {ffi::Traits::kCmdBufferCompatible})
+
+FEDFUSE_HANDLER(weighted_sum, WeightedSumProblem, read_weighted_sum);
+FEDFUSE_HANDLER(weighted_mean, WeightedSumProblem, read_weighted_sum);
+FEDFUSE_HANDLER(squared_norms, ClientDotsProblem, read_squared_norms);
+FEDFUSE_HANDLER(client_dots, ClientDotsProblem, read_client_dots);
+FEDFUSE_HANDLER(finite_clients, FiniteClientsProblem, read_finite_clients);
+FEDFUSE_HANDLER(accumulate_weighted, AccumulateProblem, read_accumulate);
+FEDFUSE_HANDLER(stack_clients, StackProblem, read_stack);
+FEDFUSE_HANDLER(coordinate_median, TrimmedMeanProblem, read_trimmed_mean);
+FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
+FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
+FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
+
+constexpr NamedHandler kHandlers[] = {
+    {"weighted_sum", weighted_sum},
+    {"weighted_mean", weighted_mean},
+    {"squared_norms", squared_norms},
+    {"client_dots", client_dots},
+    {"finite_clients", finite_clients},
+    {"accumulate_weighted", accumulate_weighted},
+    {"stack_clients", stack_clients},
+    {"coordinate_median", coordinate_median},
+    {"trimmed_mean", trimmed_mean},
+    {"selected_mean", selected_mean},
+    {"spread_to_selected", spread_to_selected},
+};
+
+}  // namespace
+}  // namespace fedfuse
+
+NB_MODULE(_cuda, module) {
+  using namespace fedfuse;
+  module.doc() = "CUDA kernels of fedfuse_jax, as XLA FFI handlers.";
+  module.def("handlers", [] { return as_capsules(kHandlers); });
+  module.def("build_info", [] {
+    nb::dict info = common_build_info();
+    info["cuda_compiler"] = cuda::compiler_version();
+    info["cuda_targets"] = cuda::targets();
+    info["cuda_runtime"] = cuda::runtime_version();
+    info["cuda_driver"] = cuda::driver_version();
+    return info;
+  });
+}
