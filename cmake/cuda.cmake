@@ -72,7 +72,8 @@ add_library(fedfuse_cuda STATIC
   ffi/cuda/order_statistics.cu
   ffi/cuda/reductions.cu
   ffi/cuda/runtime.cu
-  ffi/cuda/streaming.cu)
+  ffi/cuda/streaming.cu
+  ffi/cuda/weighted_spread.cu)
 target_link_libraries(fedfuse_cuda PUBLIC fedfuse_contract)
 string(REPLACE ";" " " FEDFUSE_CUDA_TARGETS_TEXT "${FEDFUSE_CUDA_TARGETS}")
 set_source_files_properties(ffi/cuda/runtime.cu PROPERTIES COMPILE_DEFINITIONS

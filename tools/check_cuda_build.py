@@ -156,7 +156,9 @@ def complaints(kernels: Sequence[Kernel], targets: Sequence[str]) -> list[str]:
         if kernel.spilled_bytes and not reason_for(kernel.label, MAY_SPILL):
             lines.append(f"{where} spills {kernel.spilled_bytes} bytes")
         if kernel.occupancy < LEAST_OCCUPANCY and not reason_for(kernel.label, MAY_BE_FEW):
-            lines.append(f"{where} leaves room for {kernel.occupancy:.0%} of the threads ({kernel.registers} registers)")
+            lines.append(
+                f"{where} leaves room for {kernel.occupancy:.0%} of the threads ({kernel.registers} registers)"
+            )
     for label, found in by_label.items():
         missing = [target for target in targets if target not in found]
         if missing:

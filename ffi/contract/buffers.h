@@ -47,7 +47,7 @@ struct Batch {
 struct View {
   std::byte* data = nullptr;
   Type type = Type::kOther;
-  std::int64_t elements = 0;  // in one element of the batch
+  std::int64_t elements = 0;                 // in one element of the batch
   std::int64_t strides[kMaxBatchDims] = {};  // in bytes
 
   bool present() const { return type != Type::kOther; }

@@ -14,8 +14,7 @@ std::string read_rest(Reader* reader, ClientDotsProblem* problem) {
     const std::int64_t blocks = (coordinates + kReductionBlock - 1) / kReductionBlock;
     problem->first_block.push_back(problem->first_block.back() + blocks);
   }
-  const std::int64_t partials =
-      problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
+  const std::int64_t partials = problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
   problem->partials = reinterpret_cast<double*>(reader->workspace(partials * sizeof(double)));
   return reader->finish();
 }

@@ -13,9 +13,7 @@ inline constexpr int kNumTypes = 4;
 inline constexpr bool is_floating(Type type) { return static_cast<int>(type) < kNumTypes; }
 
 // What sums of values of a floating type are kept in.
-inline constexpr Type accumulator_of(Type type) {
-  return type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
-}
+inline constexpr Type accumulator_of(Type type) { return type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32; }
 
 inline constexpr std::int64_t bytes_of(Type type) {
   switch (type) {

@@ -3,11 +3,12 @@
 namespace fedfuse {
 namespace {
 
-#define FEDFUSE_KERNELS(isa)                                                                                     \
-  {                                                                                                              \
-#isa, {&isa::linear_float32, &isa::linear_float64, &isa::linear_bfloat16, &isa::linear_float16},             \
-        {&isa::order_statistics_float32, &isa::order_statistics_float64, &isa::order_statistics_bfloat16,        \
-         &isa::order_statistics_float16},                                                                        \
+#define FEDFUSE_KERNELS(isa)                                                                            \
+  {                                                                                                     \
+      #isa,                                                                                             \
+      {&isa::linear_float32, &isa::linear_float64, &isa::linear_bfloat16, &isa::linear_float16},        \
+      {&isa::order_statistics_float32, &isa::order_statistics_float64, &isa::order_statistics_bfloat16, \
+       &isa::order_statistics_float16},                                                                 \
   }
 
 struct Isa {
@@ -20,10 +21,10 @@ struct Isa {
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> kIsas = {
 #if defined(__x86_64__)
-      {FEDFUSE_KERNELS(avx512),
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") &&
-           __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
+      {FEDFUSE_KERNELS(avx512), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                                    __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma") &&
+                                    __builtin_cpu_supports("bmi2")},
       {FEDFUSE_KERNELS(avx2),
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
 #endif

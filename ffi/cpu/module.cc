@@ -16,8 +16,8 @@ namespace ffi = xla::ffi;
 namespace nb = nanobind;
 
 template <typename Problem, std::string (*read)(const Call&, Problem*)>
-ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingArgs operands,
-                   ffi::RemainingRets results, ffi::Dictionary attributes) {
+ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   ffi::Dictionary attributes) {
   try {
     auto problem = std::make_shared<Problem>();
     const Call call = decode_call(operation, operands, results, attributes);
@@ -30,13 +30,12 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
   }
 }
 
-#define FEDFUSE_HANDLER(operation, Problem, read)                                                  \
-  XLA_FFI_DEFINE_HANDLER(                                                                          \
-      operation,                                                                                   \
-      [](ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,            \
-         ffi::Dictionary attributes) {                                                             \
-        return (handle<Problem, read>)(#operation, pool, operands, results, attributes);           \
-      },                                                                                           \
+#define FEDFUSE_HANDLER(operation, Problem, read)                                                                     \
+  XLA_FFI_DEFINE_HANDLER(                                                                                             \
+      operation,                                                                                                      \
+      [](ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes) { \
+        return (handle<Problem, read>)(#operation, pool, operands, results, attributes);                              \
+      },                                                                                                              \
       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())
 
 FEDFUSE_HANDLER(weighted_sum, WeightedSumProblem, read_weighted_sum);

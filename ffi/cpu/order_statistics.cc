@@ -84,8 +84,7 @@ void spread_tile(const SpreadProblem& problem, const Tile& tile) {
     convert(cotangents.type, cotangent, accumulator, scratch(), tile.columns);
     cotangent = scratch();
   }
-  order_statistic_kernels(updates.type)
-      .spread(rows.data(), cotangent, rows.size(), tile.columns, trim, kept.data());
+  order_statistic_kernels(updates.type).spread(rows.data(), cotangent, rows.size(), tile.columns, trim, kept.data());
 }
 
 template <typename Problem, typename RunTile>
@@ -103,9 +102,8 @@ Work cut_tiles(std::shared_ptr<const Problem> problem, RunTile run_tile) {
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
   return cut_tiles(problem, [](const TrimmedMeanProblem& problem, const Tile& tile) {
     reduce_tile(problem, tile,
-                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
-                  kernels.trimmed_mean(rows.data(), rows.size(), tile.columns, trim, out);
-                });
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim,
+                    void* out) { kernels.trimmed_mean(rows.data(), rows.size(), tile.columns, trim, out); });
   });
 }
 
@@ -113,10 +111,11 @@ Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
   return cut_tiles(problem, [](const SelectedMeanProblem& problem, const Tile& tile) {
     thread_local std::vector<void*> values;
     gather_rows(problem.values[tile.leaf], problem.trim.where, problem.shape, tile, &values);
-    reduce_tile(problem, tile,
-                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
-                  kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, trim, out);
-                });
+    reduce_tile(
+        problem, tile,
+        [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
+          kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, trim, out);
+        });
   });
 }
 

@@ -17,8 +17,7 @@ void dot_tile(const ClientDotsProblem& problem, const Tile& tile) {
   const Type accumulator = accumulator_of(updates.type);
   const bool squares = updates.data == others.data;
   const std::int64_t row_bytes = shape.coordinates[tile.leaf] * bytes_of(updates.type);
-  const std::int64_t other_bytes =
-      problem.shared ? 0 : shape.coordinates[tile.leaf] * bytes_of(others.type);
+  const std::int64_t other_bytes = problem.shared ? 0 : shape.coordinates[tile.leaf] * bytes_of(others.type);
   const std::byte* row = tile_data(updates, shape, tile);
   const std::byte* other = tile_data(others, shape, tile);
   const LinearKernels& kernels = linear_kernels(updates.type);

@@ -1,5 +1,5 @@
-// Where a launch's work lies: tables of leaves that travel in a kernel's parameters, and the tiles that its blocks walk.
-// Plain functions, with nothing of CUDA in them: the host tests try them on shapes that no test could allocate.
+// Where a launch's work lies: tables of leaves that travel in a kernel's parameters, and the tiles that its blocks
+// walk. Plain functions, with nothing of CUDA in them: the host tests try them on shapes that no test could allocate.
 #ifndef FEDFUSE_CUDA_LAUNCH_H_
 #define FEDFUSE_CUDA_LAUNCH_H_
 

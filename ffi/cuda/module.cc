@@ -28,18 +28,18 @@ ffi::Error handle(const char* operation, cuda::Stream stream, const ffi::Remaini
 }
 
 // Launches depend on shapes, types and attributes alone, so XLA may record them in a command buffer.
-#define FEDFUSE_HANDLER(operation, Problem, read)                                                  \
-  XLA_FFI_DEFINE_HANDLER(                                                                          \
-      operation,                                                                                   \
-      [](cuda::Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,             \
-         ffi::Dictionary attributes) {                                                             \
-        return (handle<Problem, read>)(#operation, stream, operands, results, attributes);         \
-      },                                                                                           \
-      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>().RemainingArgs().RemainingRets().Attrs(), \
+#define FEDFUSE_HANDLER(operation, Problem, read)                                                                    \
+  XLA_FFI_DEFINE_HANDLER(                                                                                            \
+      operation,                                                                                                     \
+      [](cuda::Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes) { \
+        return (handle<Problem, read>)(#operation, stream, operands, results, attributes);                           \
+      },                                                                                                             \
+      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>().RemainingArgs().RemainingRets().Attrs(),             \
       {ffi::Traits::kCmdBufferCompatible})
 
 FEDFUSE_HANDLER(weighted_sum, WeightedSumProblem, read_weighted_sum);
 FEDFUSE_HANDLER(weighted_mean, WeightedSumProblem, read_weighted_sum);
+FEDFUSE_HANDLER(weighted_spread, WeightedSpreadProblem, read_weighted_spread);
 FEDFUSE_HANDLER(squared_norms, ClientDotsProblem, read_squared_norms);
 FEDFUSE_HANDLER(client_dots, ClientDotsProblem, read_client_dots);
 FEDFUSE_HANDLER(finite_clients, FiniteClientsProblem, read_finite_clients);
@@ -53,6 +53,7 @@ FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
     {"weighted_mean", weighted_mean},
+    {"weighted_spread", weighted_spread},
     {"squared_norms", squared_norms},
     {"client_dots", client_dots},
     {"finite_clients", finite_clients},

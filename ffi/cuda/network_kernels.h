@@ -89,11 +89,11 @@ struct Lanes<Type::kFloat16> : HalfLanes<Type::kFloat16> {
 
 #if defined(__CUDACC__)
 
-#define FEDFUSE_HALF_EXTREMUM(function, type, instruction)                                  \
-  FEDFUSE_DEVICE Lanes<type> function(Lanes<type> a, Lanes<type> b) {                       \
-    std::uint32_t both;                                                                     \
-    asm(instruction " %0, %1, %2;" : "=r"(both) : "r"(a.both), "r"(b.both));                \
-    return HalfLanes<type>::of(both);                                                       \
+#define FEDFUSE_HALF_EXTREMUM(function, type, instruction)                   \
+  FEDFUSE_DEVICE Lanes<type> function(Lanes<type> a, Lanes<type> b) {        \
+    std::uint32_t both;                                                      \
+    asm(instruction " %0, %1, %2;" : "=r"(both) : "r"(a.both), "r"(b.both)); \
+    return HalfLanes<type>::of(both);                                        \
   }
 FEDFUSE_HALF_EXTREMUM(minimum, Type::kBFloat16, "min.bf16x2")
 FEDFUSE_HALF_EXTREMUM(maximum, Type::kBFloat16, "max.NaN.bf16x2")
@@ -103,8 +103,9 @@ FEDFUSE_HALF_EXTREMUM(maximum, Type::kFloat16, "max.NaN.f16x2")
 
 #else
 
+// Out of line, or the networks would take a C++ compiler minutes.
 template <Type type>
-Lanes<type> choose_halves(Lanes<type> a, Lanes<type> b, bool smaller) {
+__attribute__((noinline)) Lanes<type> choose_halves(Lanes<type> a, Lanes<type> b, bool smaller) {
   std::uint32_t both = 0;
   for (int column = 0; column < 2; ++column) {
     const bool less = key_from_bits<type>(a.bits(column)) < key_from_bits<type>(b.bits(column));
@@ -150,12 +151,13 @@ FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
   return number;
 }
 
-// How many blocks of a sorting network of so many registers should find room, with the other registers that its kernel was
-// seen to need.
-constexpr int sorting_blocks(int words, int columns) {
+// How many blocks should find room on a multiprocessor, by the registers of a network and those that its kernel was
+// seen to need besides. Left to itself a compiler spills a few to fit in a block more, or takes all there are.
+constexpr int network_blocks(bool sorts, int words, int columns) {
   constexpr int kRegistersOfThread = 65536 / 128;
-  const int blocks = kRegistersOfThread / (words + (columns > 1 ? 64 : 46));
-  return blocks < 6 ? blocks : 6;
+  const int most = sorts ? 6 : 8;
+  const int blocks = kRegistersOfThread / (words + (!sorts ? 32 : columns > 1 ? 64 : 46));
+  return blocks < most ? blocks : most;
 }
 
 // Any trim, any participation, any of the wanted things, by a network that sorts; or the mean that a cheaper network is
@@ -172,7 +174,7 @@ struct NetworkBody {
   static constexpr int kTileColumns = kThreads * kColumns;
   static constexpr int kInputs = Network::kInputs;
   static constexpr int kOutputs = Network::kOutputs;
-  static constexpr int kBlocks = kSorts ? sorting_blocks(kInputs * static_cast<int>(sizeof(Value) / 4), kColumns) : 0;
+  static constexpr int kBlocks = network_blocks(kSorts, kInputs* static_cast<int>(sizeof(Value) / 4), kColumns);
 
   struct Shared {
     PresentClients<kThreads> present;
@@ -284,8 +286,7 @@ struct NetworkBody {
     const std::byte* const given =
         operand_data(p, tile, 1, spreads ? 1 : p.clients, spreads ? bytes_of(p.options.cotangent_type) : sizeof(Bits));
     const Bits* const values = reinterpret_cast<const Bits*>(given) + tile.begin + i;
-    Bits* const spread =
-        reinterpret_cast<Bits*>(operand_data(p, tile, 2, p.clients, sizeof(Bits))) + tile.begin + i;
+    Bits* const spread = reinterpret_cast<Bits*>(operand_data(p, tile, 2, p.clients, sizeof(Bits))) + tile.begin + i;
     Consumer<type> consumer(p.options, kept, given, tile.begin + i);
 #pragma unroll 2
     for (int client = 0; client < static_cast<int>(p.clients); ++client) {

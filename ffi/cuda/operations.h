@@ -1,5 +1,6 @@
-// The GPU's side of every operation: puts the kernels for a problem on a stream. Allocates nothing, waits for nothing and
-// reads nothing back, and the launches depend on shapes, types and attributes alone. Returns what went wrong, or "".
+// The GPU's side of every operation: puts the kernels for a problem on a stream. Allocates nothing, waits for nothing
+// and reads nothing back, and the launches depend on shapes, types and attributes alone. Returns what went wrong, or
+// "".
 #ifndef FEDFUSE_CUDA_OPERATIONS_H_
 #define FEDFUSE_CUDA_OPERATIONS_H_
 
@@ -15,6 +16,7 @@ namespace fedfuse {
 namespace cuda {
 
 std::string enqueue(const WeightedSumProblem& problem, Stream stream);
+std::string enqueue(const WeightedSpreadProblem& problem, Stream stream);
 std::string enqueue(const TrimmedMeanProblem& problem, Stream stream);
 std::string enqueue(const SelectedMeanProblem& problem, Stream stream);
 std::string enqueue(const SpreadProblem& problem, Stream stream);

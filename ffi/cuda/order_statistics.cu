@@ -1,17 +1,16 @@
 // coordinate_median, trimmed_mean and their derivatives: which kernel is to run, and the one for many clients.
-#include "cuda/order_statistics.h"
-
 #include <type_traits>
 
 #include "cuda/operations.h"
+#include "cuda/order_statistics.h"
 
 namespace fedfuse {
 namespace cuda {
 namespace {
 
 // Any number of clients, by radix selection: a block counts, for a few columns at a time, how often each value of the
-// keys' topmost byte occurs, which tells the byte of the wanted ranks; then, among the keys that begin so, the next byte.
-// Counts are integers in shared memory, so nothing depends on the order of the threads.
+// keys' topmost byte occurs, which tells the byte of the wanted ranks; then, among the keys that begin so, the next
+// byte. Counts are integers in shared memory, so nothing depends on the order of the threads.
 template <Type type>
 struct RadixBody {
   using Bits = typename Element<type>::Bits;
@@ -33,8 +32,8 @@ struct RadixBody {
   struct Shared {
     std::uint32_t counts[kSides][kBins][kTileColumns];
     std::uint32_t group_counts[kSides][kGroups][kTileColumns];
-    // Of the keys of the wanted ranks: the bits known so far, the others 0; the rank among those that begin so; how many
-    // those are.
+    // Of the keys of the wanted ranks: the bits known so far, the others 0; the rank among those that begin so; how
+    // many those are.
     Unsigned prefixes[kSides][kTileColumns];
     std::uint32_t ranks[kSides][kTileColumns];
     std::uint32_t equal[kSides][kTileColumns];
@@ -151,7 +150,8 @@ struct RadixBody {
   static FEDFUSE_DEVICE void count_bytes(const Columns& columns, int group, int column, int shift, Shared& shared) {
     const Unsigned low = shared.prefixes[0][column], high = shared.prefixes[1][column];
     // The bits known so far; none of them in the first pass.
-    const auto known = shift + kBits < kKeyBits ? static_cast<Unsigned>(~std::uint64_t{0} << (shift + kBits)) : Unsigned{0};
+    const auto known =
+        shift + kBits < kKeyBits ? static_cast<Unsigned>(~std::uint64_t{0} << (shift + kBits)) : Unsigned{0};
     columns.visit(column, group, kGroups, columns.clients, [&](std::int64_t, Bits bits) {
       const Unsigned key = columns.key(bits);
       const int byte = static_cast<int>(key >> shift) & (kBins - 1);

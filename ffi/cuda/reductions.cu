@@ -47,6 +47,7 @@ struct PartialDot {
   using Parameters = cuda::Parameters<3, DotOptions>;
 
   static constexpr int kThreads = kReductionThreads;
+  static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = kReductionBlock;
 
@@ -172,9 +173,8 @@ struct FindNotFinite {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const std::int64_t client = at.client;
-    const Bits* const updates =
-        reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) +
-        client * p.leaves[tile.leaf].coordinates + tile.begin;
+    const Bits* const updates = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) +
+                                client * p.leaves[tile.leaf].coordinates + tile.begin;
     const bool aligned = is_aligned(updates, kPackBytes);
     const std::int64_t columns = tile.columns;
     bool* const finite = reinterpret_cast<bool*>(p.options.finite.at(p.batch, tile.batch)) + client;

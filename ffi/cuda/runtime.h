@@ -7,7 +7,8 @@
 namespace fedfuse {
 namespace cuda {
 
-// The versions compiled with and found here, such as "13.0"; "none" where there is no driver. None of these needs a GPU.
+// The versions compiled with and found here, such as "13.0"; "none" where there is no driver. None of these needs a
+// GPU.
 std::string compiler_version();
 std::string runtime_version();
 std::string driver_version();

@@ -33,8 +33,7 @@ struct Accumulate {
     Accumulator* const result = accumulators(2);  // may be total
     const bool update_aligned = is_aligned(update, kPackBytes);
     const bool sums_aligned = is_aligned(total, kPackBytes) && is_aligned(result, kPackBytes);
-    const Accumulator weight =
-        load_as<Accumulator>(p.options.weight.type, p.options.weight.at(p.batch, tile.batch), 0);
+    const Accumulator weight = load_as<Accumulator>(p.options.weight.type, p.options.weight.at(p.batch, tile.batch), 0);
 
     Team<kThreads> team;
     team.each([&](int thread, Nothing&) {

@@ -1,9 +1,9 @@
 // The threads of a block, and how kernels are launched.
 //
 // A kernel is a struct, a *body*: Body::run(parameters, shared, task) does one task with a whole block. It is written
-// as phases: team.each(f) calls f(thread, state) for every thread and returns when all of them are done. In CUDA a thread
-// calls f once and waits for the others; a C++ compiler makes a loop of it. So the same bodies, tables and launches run
-// in the host tests, on machines without a card.
+// as phases: team.each(f) calls f(thread, state) for every thread and returns when all of them are done. In CUDA a
+// thread calls f once and waits for the others; a C++ compiler makes a loop of it. So the same bodies, tables and
+// launches run in the host tests, on machines without a card.
 #ifndef FEDFUSE_CUDA_TEAM_H_
 #define FEDFUSE_CUDA_TEAM_H_
 
@@ -48,15 +48,16 @@ class Team {
 // Integers only: their sums do not depend on the order.
 FEDFUSE_DEVICE void add_to_shared(std::uint32_t* counter, std::uint32_t count) { atomicAdd(counter, count); }
 
-// How many blocks of a kernel should fit on a multiprocessor at once; 0 leaves it to the compiler, which then trades a few
-// spilled registers for one block more where it likes to.
+// How many blocks of a kernel should fit on a multiprocessor at once; 0 leaves it to the compiler, which then trades a
+// few spilled registers for one block more where it likes to.
 template <typename Body, typename = void>
 inline constexpr int kBlocksWanted = 0;
 template <typename Body>
 inline constexpr int kBlocksWanted<Body, std::void_t<decltype(Body::kBlocks)>> = Body::kBlocks;
 
 template <typename Body>
-__global__ void __launch_bounds__(Body::kThreads, kBlocksWanted<Body>) run_tasks(const __grid_constant__ typename Body::Parameters p) {
+__global__ void __launch_bounds__(Body::kThreads, kBlocksWanted<Body>)
+    run_tasks(const __grid_constant__ typename Body::Parameters p) {
   __shared__ typename Body::Shared shared;
   for (std::int64_t task = blockIdx.x; task < p.work; task += gridDim.x) Body::run(p, shared, task);
 }

@@ -238,7 +238,9 @@ struct Linear {
     return !any(found);
   }
 
-  static constexpr LinearKernels kernels() { return {weighted_sum, accumulate, scale, sum_of_squares, dot, all_finite}; }
+  static constexpr LinearKernels kernels() {
+    return {weighted_sum, accumulate, scale, sum_of_squares, dot, all_finite};
+  }
 };
 
 }  // namespace

@@ -30,8 +30,8 @@ struct LinearKernels {
 };
 
 // One set for each instruction set that the build has; only call what the processor supports.
-#define FEDFUSE_DECLARE_LINEAR(isa)          \
-  namespace isa {                            \
+#define FEDFUSE_DECLARE_LINEAR(isa)           \
+  namespace isa {                             \
   extern const LinearKernels linear_float32;  \
   extern const LinearKernels linear_float64;  \
   extern const LinearKernels linear_bfloat16; \

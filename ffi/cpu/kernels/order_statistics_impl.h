@@ -21,8 +21,8 @@ namespace {
 // Memory for a call, aligned to cache lines.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes) : memory_(::operator new (bytes, std::align_val_t{kCacheLineBytes})) {}
-  ~Scratch() { ::operator delete (memory_, std::align_val_t{kCacheLineBytes}); }
+  explicit Scratch(std::size_t bytes) : memory_(::operator new(bytes, std::align_val_t{kCacheLineBytes})) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t{kCacheLineBytes}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -59,21 +59,20 @@ struct RealLimits<double> {
   static constexpr double kGreatest = __DBL_MAX__;
 };
 
+template <typename Real>
+bool is_finite(Real value) {
+  return value - value == 0;
+}
+
 // The mean of values whose sum overflows, from their sum after scaling by a power of two. Infinities and NaN remain.
 template <typename Real>
 Real unscaled_mean(Real scaled_sum, Real scale, std::int64_t count) {
   const Real limit = RealLimits<Real>::kGreatest * scale;
   Real mean = scaled_sum / static_cast<Real>(count);
   // Rounding may have carried it past what the greatest value scales to.
-  const bool finite = mean - mean == 0;
-  if (finite && mean > limit) mean = limit;
-  if (finite && mean < -limit) mean = -limit;
+  if (is_finite(mean) && mean > limit) mean = limit;
+  if (is_finite(mean) && mean < -limit) mean = -limit;
   return mean / scale;
-}
-
-template <typename Real>
-bool is_finite(Real value) {
-  return value - value == 0;
 }
 
 template <Type type>
@@ -266,7 +265,7 @@ struct OrderStatistics {
       const Vector<Lane> lowest = load<Lane>(low + vector * kElements);
       const Vector<Lane> highest = load<Lane>(high + vector * kElements);
       Sum partial[4][kParts] = {};
-      const auto add = [&](std::int64_t row, Sum * to) __attribute__((always_inline)) {
+      const auto add = [&](std::int64_t row, Sum* to) __attribute__((always_inline)) {
         const Vector<Lane> bits = load<Lane>(values + row * kGroup + vector * kElements);
         const Vector<Lane> keys = value_keys<Lane>(bits, fill<Lane>(kNegativeInfinity));
         const Vector<Lane> between = bits_as<Lane>((keys > lowest) & (keys < highest));
@@ -504,14 +503,14 @@ struct OrderStatistics {
       };
       // Streaming stores must fill whole lines one after the other.
       if (streams && kVectors * kVectorBytes % kCacheLineBytes == 0 && width == kVectors * kElements) {
-        kept.template visit<kVectors>(
-            first_vector, [&](std::int64_t row, int i, Vector<Lane> mask)
-                              __attribute__((always_inline)) { stream(place(row, i), local[i] & mask); });
+        kept.template visit<kVectors>(first_vector,
+                                      [&](std::int64_t row, int i, Vector<Lane> mask)
+                                          __attribute__((always_inline)) { stream(place(row, i), local[i] & mask); });
       } else {
-        kept.template visit<kVectors>(
-            first_vector, [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
-              store_first(place(row, i), local[i] & mask, width - i * kElements);
-            });
+        kept.template visit<kVectors>(first_vector,
+                                      [&](std::int64_t row, int i, Vector<Lane> mask) __attribute__((always_inline)) {
+                                        store_first(place(row, i), local[i] & mask, width - i * kElements);
+                                      });
       }
     }
 
@@ -563,9 +562,8 @@ struct OrderStatistics {
 
   // From all keys in order. Returns whether some who tie with a bound are not kept.
   static FEDFUSE_INLINE bool find_bounds(const Lane* sorted, int num_rows, int trim, Bounds* bounds) {
-    const auto key_of_rank = [&](int rank) __attribute__((always_inline)) {
-      return load<Lane>(sorted + rank * kElements);
-    };
+    const auto key_of_rank = [&](int rank)
+                                 __attribute__((always_inline)) { return load<Lane>(sorted + rank * kElements); };
     const int last = num_rows - 1 - trim;
     const Vector<Lane> low = key_of_rank(trim), high = key_of_rank(last);
     // Without ties all who equal the bounds are kept.

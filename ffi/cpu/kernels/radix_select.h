@@ -84,8 +84,7 @@ struct GroupLayout<std::int32_t> {
 
   template <typename KeysOf, typename Put>
   static FEDFUSE_INLINE void make_planes(KeysOf keys, Put put) {
-    transpose_bits<32>(
-        [&](int row) __attribute__((always_inline)) { return keys(row, 0); }, put);
+    transpose_bits<32>([&](int row) __attribute__((always_inline)) { return keys(row, 0); }, put);
   }
 };
 
@@ -108,9 +107,8 @@ struct GroupLayout<std::int16_t> {
           return select_bits(fill(0xffff0000u), a, b << 16);
         },
         put);
-    transpose_bits<16>(
-        [&](int row) __attribute__((always_inline)) { return odd[row]; },
-        [&](int plane, Words words) __attribute__((always_inline)) { put(kPlanes + plane, words); });
+    transpose_bits<16>([&](int row) __attribute__((always_inline)) { return odd[row]; },
+                       [&](int plane, Words words) __attribute__((always_inline)) { put(kPlanes + plane, words); });
   }
 };
 
@@ -137,14 +135,13 @@ struct GroupLayout<std::int64_t> {
           return bits_as<std::uint32_t>((a & lower) | (b << 32));
         },
         put);
-    transpose_bits<32>(
-        [&](int row) __attribute__((always_inline)) { return upper_words[row]; },
-        [&](int plane, Words words) __attribute__((always_inline)) { put(32 + plane, words); });
+    transpose_bits<32>([&](int row) __attribute__((always_inline)) { return upper_words[row]; },
+                       [&](int plane, Words words) __attribute__((always_inline)) { put(32 + plane, words); });
   }
 };
 
 template <typename Lane>
-constexpr int kGroupColumns = kWordLanes* GroupLayout<Lane>::kBatches;
+constexpr int kGroupColumns = kWordLanes * GroupLayout<Lane>::kBatches;
 
 // What is known of the value of some rank in each column of a group.
 template <typename Lane>

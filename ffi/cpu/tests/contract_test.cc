@@ -84,8 +84,8 @@ constexpr std::int64_t kOuter = 2, kInner = 3, kClients = 5, kCoordinates = 5000
 // Two nested maps: updates are mapped over both, weights over the outer, participation over the inner.
 std::unique_ptr<OwnedCall> nested_weighted_sum() {
   auto call = std::make_unique<OwnedCall>(
-      "weighted_sum", std::map<std::string, std::int64_t>{
-                          {"batch_dims", 2}, {"num_leaves", 2}, {"has_where", 1}, {"divide", 0}});
+      "weighted_sum",
+      std::map<std::string, std::int64_t>{{"batch_dims", 2}, {"num_leaves", 2}, {"has_where", 1}, {"divide", 0}});
   call->operand(Type::kFloat32, {kOuter, kInner, kClients, kCoordinates / 10, 10},
                 numbers(kOuter * kInner * kClients * kCoordinates));
   call->operand(Type::kFloat32, {kOuter, 1, kClients}, numbers(kOuter * kClients));
@@ -159,7 +159,8 @@ void test_refusals() {
 
 void test_order_statistics() {
   // A traced count per element of the batch, one of which leaves nobody.
-  OwnedCall owned("trimmed_mean", {{"batch_dims", 1}, {"num_leaves", 1}, {"has_where", 0}, {"has_trim_count", 1}, {"trim", -1}});
+  OwnedCall owned("trimmed_mean",
+                  {{"batch_dims", 1}, {"num_leaves", 1}, {"has_where", 0}, {"has_trim_count", 1}, {"trim", -1}});
   owned.operand<float>(Type::kFloat32, {1, 5, 1}, {4, 1, 9, 2, 7});
   owned.operand<std::int32_t>(Type::kInt32, {4}, {0, 2, 3, -1});
   owned.result(Type::kFloat32, {4, 1});

@@ -1,5 +1,7 @@
 // Tests the linear kernels of every instruction set that this processor has, and the conversions, against sums in
 // extended precision. Needs nothing but the kernels: also for sanitizers and emulators.
+#include "cpu/kernels/linear.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -11,7 +13,6 @@
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/linear.h"
 #include "math/half.h"
 #include "math/rounding.h"
 
@@ -119,7 +120,8 @@ void test_one_row(Type type, std::int64_t columns) {
   const LinearKernels& linear = linear_kernels(type);
   // Products of floats are exact in float64, and of doubles rounded once; each chain of sums is short.
   const double epsilon = 0x1p-52 * (columns + 8);
-  expect(std::fabs(linear.sum_of_squares(rows.pointers[0], columns) - squares) <= epsilon * squares, what + ": squares");
+  expect(std::fabs(linear.sum_of_squares(rows.pointers[0], columns) - squares) <= epsilon * squares,
+         what + ": squares");
   expect(std::fabs(linear.dot(rows.pointers[0], other_bytes.data(), columns) - dot) <= epsilon * magnitude,
          what + ": dot");
 
@@ -128,8 +130,8 @@ void test_one_row(Type type, std::int64_t columns) {
   linear.accumulate(total.data(), rows.pointers[0], weight.data(), columns, total.data());
   for (std::int64_t column = 0; column < columns; ++column) {
     const double exact = read(other_bytes, accumulator, column) + 0.5 * rows.get(0, column);
-    const double bound = (std::fabs(exact) + std::fabs(rows.get(0, column))) *
-                         (accumulator == Type::kFloat64 ? 0x1p-51 : 0x1p-22);
+    const double bound =
+        (std::fabs(exact) + std::fabs(rows.get(0, column))) * (accumulator == Type::kFloat64 ? 0x1p-51 : 0x1p-22);
     expect(std::fabs(read(total, accumulator, column) - exact) <= bound, what + ": accumulate in place");
   }
 

@@ -203,7 +203,7 @@ struct InstructionSet {
 std::vector<InstructionSet> instruction_sets() {
 #define FEDFUSE_KERNELS(isa)                                                                           \
   {                                                                                                    \
-#isa, {                                                                                            \
+    #isa, {                                                                                            \
       &isa::order_statistics_float32, &isa::order_statistics_float64, &isa::order_statistics_bfloat16, \
           &isa::order_statistics_float16                                                               \
     }                                                                                                  \

@@ -1,6 +1,6 @@
-// Runs the CUDA kernels' own source on the host, without a card or a CUDA compiler (see cuda/team.h), from whole problems
-// down to the last thread, against plain definitions in double. The threads of a block take turns forwards and backwards,
-// and must come to the same bits. Buffers have exactly their size, for the sanitizers.
+// Runs the CUDA kernels' own source on the host, without a card or a CUDA compiler (see cuda/team.h), from whole
+// problems down to the last thread, against plain definitions in double. The threads of a block take turns forwards and
+// backwards, and must come to the same bits. Buffers have exactly their size, for the sanitizers.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -112,7 +112,9 @@ Type accumulator(Type type) { return accumulator_of(type); }
 void fill_wildly(Array* array, int pattern) {
   const Type type = array->view.type;
   const std::int64_t width = bytes_of(type);
-  const double greatest = type == Type::kFloat64 ? 1.7976931348623157e308 : type == Type::kFloat16 ? 65504 : 3.3895314e38;
+  const double greatest = type == Type::kFloat64   ? 1.7976931348623157e308
+                          : type == Type::kFloat16 ? 65504
+                                                   : 3.3895314e38;
   for (std::int64_t i = 0; i < array->size(); ++i) {
     const double sign = random_bits() % 2 == 0 ? 1 : -1;
     double value = normal();
@@ -162,13 +164,13 @@ void run(const std::string& what, const Problem& problem, const std::vector<Arra
   expect(enqueue(problem, nullptr).empty(), what + ": enqueued");
   for (std::size_t i = 0; i < results.size(); ++i) {
     first.emplace_back(results[i]->view.data, results[i]->view.data + results[i]->bytes);
-    std::memcpy(results[i]->view.data, inputs[i].data(), inputs[i].size());
+    std::copy(inputs[i].begin(), inputs[i].end(), results[i]->view.data);
   }
   reversed_threads = true;
   expect(enqueue(problem, nullptr).empty(), what + ": enqueued");
   bool same = true;
   for (std::size_t i = 0; i < results.size(); ++i) {
-    same &= std::memcmp(first[i].data(), results[i]->view.data, first[i].size()) == 0;
+    same &= std::equal(first[i].begin(), first[i].end(), results[i]->view.data);
   }
   expect(same, what + ": the order of the threads does not matter");
 }
@@ -185,7 +187,10 @@ bool is_close(double got, double expected, double tolerance) {
 }
 
 double epsilon_of(Type type) {
-  return type == Type::kFloat64 ? 0x1p-52 : type == Type::kFloat32 ? 0x1p-23 : type == Type::kFloat16 ? 0x1p-10 : 0x1p-7;
+  return type == Type::kFloat64   ? 0x1p-52
+         : type == Type::kFloat32 ? 0x1p-23
+         : type == Type::kFloat16 ? 0x1p-10
+                                  : 0x1p-7;
 }
 
 // ---- Order statistics -----------------------------------------------------------------------------------------------
@@ -248,10 +253,10 @@ struct OrderCase {
 void check_order(const OrderCase& c, int pattern) {
   const Shape shape = shape_of(c.batch, c.clients, c.coordinates);
   const Type reduced_type = c.reduced == Type::kOther ? accumulator(c.type) : c.reduced;
-  const std::string what = std::string(name_of(c.type)) + " n=" + std::to_string(c.clients) + " d=" +
-                           std::to_string(c.coordinates[0]) + " trim=" + std::to_string(c.trim) +
-                           (c.traced ? " traced" : "") + (c.masked ? " masked" : "") + " pattern=" +
-                           std::to_string(pattern) + " batch=" + std::to_string(shape.batch.count);
+  const std::string what = std::string(name_of(c.type)) + " n=" + std::to_string(c.clients) +
+                           " d=" + std::to_string(c.coordinates[0]) + " trim=" + std::to_string(c.trim) +
+                           (c.traced ? " traced" : "") + (c.masked ? " masked" : "") +
+                           " pattern=" + std::to_string(pattern) + " batch=" + std::to_string(shape.batch.count);
   std::vector<Array> updates, values, reduced, tangent, cotangents, spread;
   for (const std::int64_t coordinates : c.coordinates) {
     const std::int64_t stacked = c.clients * coordinates;
@@ -357,11 +362,11 @@ void check_order_statistics(Type type, bool brief) {
 
 // ---- Sums -----------------------------------------------------------------------------------------------------------
 
-void check_weighted_sum(Type type, std::int64_t clients, std::vector<std::int64_t> coordinates, bool divide, bool masked,
-                        std::vector<std::int64_t> batch, Type reduced_type) {
+void check_weighted_sum(Type type, std::int64_t clients, std::vector<std::int64_t> coordinates, bool divide,
+                        bool masked, std::vector<std::int64_t> batch, Type reduced_type) {
   const Shape shape = shape_of(std::move(batch), clients, std::move(coordinates));
-  const std::string what = std::string("weighted sum ") + name_of(type) + " n=" + std::to_string(clients) + " d=" +
-                           std::to_string(shape.coordinates[0]) + " to " + name_of(reduced_type);
+  const std::string what = std::string("weighted sum ") + name_of(type) + " n=" + std::to_string(clients) +
+                           " d=" + std::to_string(shape.coordinates[0]) + " to " + name_of(reduced_type);
   std::vector<Array> updates, reduced;
   Array where(Type::kBool, shape.batch, clients, 0x1);
   where.fill([&](std::int64_t i) { return clients == 1 || i % clients == 0 || random_bits() % 3 != 0; });
@@ -407,6 +412,44 @@ void check_weighted_sum(Type type, std::int64_t clients, std::vector<std::int64_
   expect(wrong == 0, what + ": " + std::to_string(wrong));
 }
 
+void check_weighted_spread(Type type, std::int64_t clients, std::vector<std::int64_t> coordinates, bool masked,
+                           std::vector<std::int64_t> batch, Type cotangent_type) {
+  const Shape shape = shape_of(std::move(batch), clients, std::move(coordinates));
+  const std::string what = std::string("weighted spread ") + name_of(type) + " n=" + std::to_string(clients) +
+                           " from " + name_of(cotangent_type);
+  std::vector<Array> cotangents, spread;
+  Array where(Type::kBool, shape.batch, clients, 0x1);
+  where.fill([&](std::int64_t) { return random_bits() % 3 != 0; });
+  Array weights(accumulator(type), shape.batch, clients, 0x2);
+  weights.fill([](std::int64_t) { return normal(); });
+  for (const std::int64_t count : shape.coordinates) {
+    cotangents.emplace_back(cotangent_type, shape.batch, count).fill([](std::int64_t) { return normal(); });
+    spread.emplace_back(type, shape.batch, clients * count);
+  }
+  WeightedSpreadProblem problem{shape, weights.view, views_of(cotangents), {}, views_of(spread)};
+  if (masked) problem.where = where.view;
+  run(what, problem, pointers(spread));
+  int wrong = 0;
+  for (std::size_t leaf = 0; leaf < spread.size(); ++leaf) {
+    for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+      const auto at = [&](const Array& array, std::int64_t i) {
+        return get(array.view.type, array.view.at(shape.batch, index), i);
+      };
+      for (std::int64_t row = 0; row < clients; ++row) {
+        for (std::int64_t column = 0; column < shape.coordinates[leaf]; ++column) {
+          const bool is_absent = masked && at(where, row) == 0;
+          const double exact = is_absent ? 0 : at(weights, row) * at(cotangents[leaf], column);
+          const double got = at(spread[leaf], row * shape.coordinates[leaf] + column);
+          // The weight may be rounded to the accumulator, the product to the accumulator and to the type.
+          const double tolerance = std::fabs(exact) * (2 * epsilon_of(accumulator(type)) + epsilon_of(type));
+          wrong += is_absent ? got != 0 : !is_close(got, exact, tolerance + 1e-7 * (type == Type::kFloat16));
+        }
+      }
+    }
+  }
+  expect(wrong == 0, what + ": " + std::to_string(wrong));
+}
+
 void check_sums(Type type) {
   for (const std::int64_t clients : {1, 2, 7, 8, 9, 33, 255, 256, 257, 1000}) {
     for (const bool masked : {false, true}) {
@@ -418,6 +461,11 @@ void check_sums(Type type) {
   }
   check_weighted_sum(type, 10, {5, 16}, true, true, {2, 3, 2}, accumulator(type));
   check_weighted_sum(type, 3, std::vector<std::int64_t>(300, 4), false, false, {}, accumulator(type));
+
+  for (const Type cotangent : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
+    check_weighted_spread(type, 5, {16, 3, 0, 2049, 64}, true, {2, 3}, cotangent);
+  }
+  check_weighted_spread(type, 300, {1, 16}, false, {}, accumulator(type));
 
   // accumulate_weighted, in place
   const Shape shape = shape_of({3}, 0, {1, 5000, 16});
@@ -451,7 +499,8 @@ void check_stack(Type type, std::int64_t clients, std::vector<std::int64_t> batc
   std::vector<std::vector<Array>> sources(clients);
   StackProblem problem{shape, {}, {}};
   for (std::vector<Array>& leaves : sources) {
-    for (const std::int64_t count : shape.coordinates) fill_wildly(&leaves.emplace_back(type, shape.batch, count, 1), 4);
+    for (const std::int64_t count : shape.coordinates)
+      fill_wildly(&leaves.emplace_back(type, shape.batch, count, 1), 4);
     problem.clients.push_back(views_of(leaves));
   }
   for (const std::int64_t count : shape.coordinates) stacked.emplace_back(type, shape.batch, clients * count);
@@ -485,8 +534,9 @@ void check_reductions(Type type, Type others_type, bool shared, bool norms, std:
   Array where(Type::kBool, shape.batch, clients, 0);
   where.fill([](std::int64_t i) { return i != 2; });
   Array dots(Type::kFloat64, shape.batch, clients);
-  ClientDotsProblem problem{shape, views_of(updates), norms ? views_of(updates) : views_of(others), shared, where.view,
-                            dots.view, nullptr, {0}};
+  ClientDotsProblem problem{
+      shape, views_of(updates), norms ? views_of(updates) : views_of(others), shared, where.view, dots.view, nullptr,
+      {0}};
   for (const std::int64_t count : shape.coordinates) {
     problem.first_block.push_back(problem.first_block.back() + (count + kReductionBlock - 1) / kReductionBlock);
   }
@@ -502,8 +552,8 @@ void check_reductions(Type type, Type others_type, bool shared, bool norms, std:
         for (std::int64_t column = 0; column < count; ++column) {
           const double x = get(type, updates[leaf].view.at(shape.batch, index), client * count + column);
           const Array& other = others[leaf];
-          const double y = norms ? x : get(others_type, other.view.at(shape.batch, index),
-                                           (shared ? 0 : client * count) + column);
+          const double y =
+              norms ? x : get(others_type, other.view.at(shape.batch, index), (shared ? 0 : client * count) + column);
           sum += x * y;
           magnitude += std::fabs(x * y);
         }
@@ -562,6 +612,4 @@ int main_of_test(bool brief) {
 }  // namespace cuda
 }  // namespace fedfuse
 
-int main(int argc, char** argv) {
-  return fedfuse::cuda::main_of_test(argc > 1 && std::strcmp(argv[1], "0") != 0);
-}
+int main(int argc, char** argv) { return fedfuse::cuda::main_of_test(argc > 1 && std::strcmp(argv[1], "0") != 0); }

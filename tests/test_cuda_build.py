@@ -1,0 +1,140 @@
+"""The CUDA backend without a card: its own sources run on the host, its launches are checked on impossible shapes.
+
+tools/check_cuda_build.py compiles the kernels and reads what ptxas says; here, that it reads right.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FFI = ROOT / "ffi"
+SOURCES = sorted(path for path in (FFI / "cuda").glob("*.cu") if path.name != "runtime.cu")
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+needs_sources = pytest.mark.skipif(not SOURCES, reason="the sources are not here")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("check_cuda_build", ROOT / "tools" / "check_cuda_build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_cxx(output, *arguments):
+    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{FFI}"]
+    done = subprocess.run([*command, *map(str, arguments), "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run(program, *arguments):
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+# --- On the host ------------------------------------------------------------------------------------------------
+
+
+@needs_sources
+@needs_compiler
+def test_launch_geometry(tmp_path):
+    """One coordinate, more than 2³¹, batches beyond 65535, thousands of leaves and clients."""
+    program = tmp_path / "launch_test"
+    compile_cxx(program, "-fsanitize=address,undefined", FFI / "cuda" / "tests" / "launch_test.cc")
+    assert " 0 failed" in run(program)
+
+
+@needs_sources
+@needs_compiler
+@pytest.mark.full
+def test_kernels_on_the_host(tmp_path):
+    """The kernels' own source, thread by thread, against plain definitions; see ffi/cuda/team.h."""
+    generated = tmp_path / "generated" / "networks.h"
+    subprocess.run([sys.executable, FFI / "math" / "networks.py", "--output", generated], check=True)
+    objects = []
+    for source in [*SOURCES, FFI / "cuda" / "tests" / "kernels_test.cc"]:
+        objects.append(tmp_path / f"{source.stem}.o")
+        compile_cxx(objects[-1], f"-I{tmp_path}", "-c", "-x", "c++", source)
+    program = tmp_path / "kernels_test"
+    compile_cxx(program, *objects)
+    assert " 0 failed" in run(program)
+
+
+@needs_sources
+def test_every_cpu_handler_has_a_cuda_twin():
+    table = re.compile(r"FEDFUSE_HANDLER\((\w+, \w+, \w+)\);")
+    cpu, cuda = (table.findall((FFI / backend / "module.cc").read_text()) for backend in ("cpu", "cuda"))
+    assert cpu == cuda
+    assert len(cuda) > 0
+
+
+# --- What ptxas says --------------------------------------------------------------------------------------------
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for 'sm_90'
+ptxas info    : Function properties for {name}
+    {stack} bytes stack frame, {spill} bytes spill stores, {spill} bytes spill loads
+ptxas info    : Used {registers} registers, used 1 barriers, 144 bytes smem, 4432 bytes cmem[0]
+"""
+MEDIAN_64 = (
+    "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
+)
+WEIGHTED_SUM = (
+    "_ZN7fedfuse4cuda9run_tasksINS0_53_GLOBAL__N__00000000_9_linear_cu_00000000_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
+)
+
+needs_demangler = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
+
+
+@needs_sources
+@needs_demangler
+def test_the_check_reads_a_log():
+    tool = load_tool()
+    (kernel,) = tool.parse(LOG.format(name=MEDIAN_64, stack=0, spill=0, registers=80))
+    assert kernel == tool.Kernel("network float32 Median<64>", "90", 80, 0, 0, 144)
+    assert kernel.occupancy == 6 * 128 / 2048
+    assert tool.complaints([kernel], ["90"]) == []
+    assert "network float32 Median<64>" in tool.table([kernel], ["90"])
+
+
+@needs_sources
+@needs_demangler
+def test_the_check_finds_faults():
+    tool = load_tool()
+    spilled = tool.parse(LOG.format(name=MEDIAN_64, stack=16, spill=12, registers=80))
+    assert tool.complaints(spilled, ["90"]) == ["network float32 Median<64> for sm_90 spills 12 bytes"]
+    few = tool.parse(LOG.format(name=MEDIAN_64, stack=0, spill=0, registers=255))
+    assert "leaves room for 12% of the threads" in tool.complaints(few, ["90"])[0]
+    assert "was not compiled for sm_80" in tool.complaints(few, ["80", "90"])[-1]
+    assert tool.complaints([], ["90"]) != []
+
+
+@needs_sources
+def test_no_exception_is_for_nothing():
+    """The exceptions are patterns of labels that networks have, and give a reason."""
+    tool = load_tool()
+    labels = [
+        f"network {kind} {family}<{size}>"
+        for kind in tool.TYPES
+        for family in ("Sort", "Median", "TrimmedMean")
+        for size in (48, 64, 96, 128)
+    ]
+    for pattern, reason in (*tool.MAY_SPILL, *tool.MAY_BE_FEW):
+        assert any(re.fullmatch(pattern, label) for label in labels), pattern
+        assert len(reason) > 20
+    assert not any(re.match(r".*(float32|float16)", pattern) for pattern, _ in tool.MAY_SPILL)
+
+
+@needs_sources
+@needs_demangler
