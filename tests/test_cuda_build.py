@@ -90,9 +90,7 @@ ptxas info    : Used {registers} registers, used 1 barriers, 144 bytes smem, 443
 MEDIAN_64 = (
     "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
 )
-WEIGHTED_SUM = (
-    "_ZN7fedfuse4cuda9run_tasksINS0_53_GLOBAL__N__00000000_9_linear_cu_00000000_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
-)
+WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_53_GLOBAL__N__00000000_9_linear_cu_00000000_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
 
 needs_demangler = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 
@@ -134,7 +132,3 @@ def test_no_exception_is_for_nothing():
         assert any(re.fullmatch(pattern, label) for label in labels), pattern
         assert len(reason) > 20
     assert not any(re.match(r".*(float32|float16)", pattern) for pattern, _ in tool.MAY_SPILL)
-
-
-@needs_sources
-@needs_demangler

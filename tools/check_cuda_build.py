@@ -47,8 +47,8 @@ MULTIPROCESSORS = {
     "120": Multiprocessor(1536, 24, 100 * 1024),
 }
 
-# Reviewed exceptions, (pattern of the kernel's label, reason). There is none for spills: add one for a float64 kernel at
-# most, with its reason.
+# Reviewed exceptions, (pattern of the kernel's label, reason). There is none for spills: add one for a float64 kernel
+# at most, with its reason.
 MAY_SPILL: tuple[tuple[str, str], ...] = ()
 MAY_BE_FEW = (
     (

@@ -9,7 +9,7 @@
 # default); a stage that was cut off goes on where it stopped. Results go to $OUT, or to ./gpu-results. PYTHON names the
 # interpreter. What is not installed is skipped, and named.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 readonly ROOT=$PWD
 readonly RESULTS=${OUT:-$ROOT/gpu-results}
 readonly WORK=${WORK:-$ROOT/build/gpu-session}  # survives between calls, as results may not
