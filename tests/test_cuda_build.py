@@ -90,7 +90,8 @@ ptxas info    : Used {registers} registers, used 1 barriers, 144 bytes smem, 443
 MEDIAN_64 = (
     "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
 )
-WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_53_GLOBAL__N__00000000_9_linear_cu_00000000_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
+"WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111"
+"WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
 
 needs_demangler = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 
@@ -104,6 +105,8 @@ def test_the_check_reads_a_log():
     assert kernel.occupancy == 6 * 128 / 2048
     assert tool.complaints([kernel], ["90"]) == []
     assert "network float32 Median<64>" in tool.table([kernel], ["90"])
+    (other,) = tool.parse(LOG.format(name=WEIGHTED_SUM, stack=0, spill=0, registers=64))
+    assert other.label == "WeightedSum<float32>"
 
 
 @needs_sources
