@@ -90,8 +90,7 @@ ptxas info    : Used {registers} registers, used 1 barriers, 144 bytes smem, 443
 MEDIAN_64 = (
     "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
 )
-"WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111"
-"WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
+WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
 
 needs_demangler = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 
