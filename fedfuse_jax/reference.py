@@ -156,7 +156,9 @@ def _ranks(leaf: Array, where: Array | None) -> Array:
     absent = jnp.broadcast_to(_over_parameters(~_present(where, leaf.shape[0]), leaf), leaf.shape)
     client = lax.broadcasted_iota(jnp.int32, leaf.shape, 0)
     # lax.sort holds -0 and 0 for equal, and every NaN for equal and greatest: the order the contract asks for.
-    _, _, by_rank = lax.sort((absent, leaf, client), dimension=0, num_keys=2, is_stable=True)
+    # Ranks are constant almost everywhere, and the derivative of a sort is not free.
+    keys = (absent, lax.stop_gradient(leaf), client)
+    _, _, by_rank = lax.sort(keys, dimension=0, num_keys=2, is_stable=True)
     return jnp.argsort(by_rank, axis=0)
 
 
