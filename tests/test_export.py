@@ -239,3 +239,16 @@ def test_wrong_buffers_are_refused(case, batch):
     if not batch:  # shapes are named for the single call
         right = RIGHT_ALL_THE_SAME[case.row.operation]
         assert [what for what in accepted if not re.fullmatch(right, what)] == []
+
+
+@pytest.mark.parametrize("case", FULLEST, ids=str)
+def test_a_batch_that_is_too_small_is_refused(case):
+    """Each operand has all of the batch or one element for all of it; a kernel would read past anything between."""
+    if not has_kernel(case.row.operation):
+        pytest.skip(f"no compiled kernel of {case.row.operation}: nothing to refuse")
+    call = native_call(case, batch=(3,))
+    call.run()
+    for i, operand in enumerate(call.operands):
+        message = refusal(dataclasses.replace(call, operands=replaced(call.operands, i, operand[:2])))
+        assert message is not None, f"operand {i}"
+        assert "INVALID_ARGUMENT" in message, f"operand {i}: {message}"
