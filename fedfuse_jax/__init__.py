@@ -10,6 +10,12 @@
 
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
+from fedfuse_jax.private import (
+    adaptive_clip_norm,
+    clipped_noisy_weighted_sum,
+    clipped_weighted_sum,
+    noisy_weighted_sum,
+)
 from fedfuse_jax.reduce import (
     accumulate_weighted,
     export_checks,
@@ -20,14 +26,32 @@ from fedfuse_jax.reduce import (
     weighted_sum,
 )
 from fedfuse_jax.robust import coordinate_median, trimmed_mean
+from fedfuse_jax.server import (
+    ServerState,
+    fedadagrad_weighted_update,
+    fedadam_weighted_update,
+    fedavgm_weighted_update,
+    fedyogi_weighted_update,
+    init_server_state,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ServerState",
     "accumulate_weighted",
+    "adaptive_clip_norm",
+    "clipped_noisy_weighted_sum",
+    "clipped_weighted_sum",
     "coordinate_median",
     "export_checks",
+    "fedadagrad_weighted_update",
+    "fedadam_weighted_update",
+    "fedavgm_weighted_update",
+    "fedyogi_weighted_update",
     "finite_clients",
+    "init_server_state",
+    "noisy_weighted_sum",
     "reference",
     "show_versions",
     "squared_norms",

@@ -108,6 +108,33 @@ def real_scalar(operation: str, argument: str, value: Any, dtype: Any) -> Array:
     return array.astype(dtype)
 
 
+def bounded_scalar(
+    operation: str, argument: str, value: Any, dtype: Any, *, least: float = 0.0, most: float = float("inf")
+) -> Array:
+    """A real scalar; a Python number has to lie in the range, a traced one is whatever it will be."""
+    if isinstance(value, int | float | np.integer | np.floating) and not least <= value <= most:
+        bounds = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
+        raise ValueError(f"{operation}: {argument} is {value}; it needs to be {bounds}.")
+    return real_scalar(operation, argument, value, dtype)
+
+
+def random_key(operation: str, key: Any) -> Array:
+    """One JAX key, typed; raw ``uint32[2]`` is Threefry's."""
+    needed = "one JAX key: jax.random.key(seed), or raw uint32[2]"
+    if is_key_array(key):
+        if key.shape != ():
+            raise ValueError(f"{operation}: key has shape {key.shape}; it needs {needed}.")
+        return key
+    if not hasattr(key, "dtype") or key.dtype != np.uint32:
+        raise TypeError(f"{operation}: key is {describe(key)}; it needs {needed}.")
+    if key.shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
+    default = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if key.shape != default.shape:
+        raise ValueError(f"{operation}: key is {describe(key)}; it needs {needed}.")
+    return jax.random.wrap_key_data(jnp.asarray(key))
+
+
 def participation(operation: str, where: Any, n_clients: Any) -> Array | None:
     """``where`` as a bool ``(n_clients,)`` array, or ``None`` for everybody."""
     if where is None:

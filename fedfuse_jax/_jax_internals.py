@@ -12,6 +12,7 @@ from jax._src import dispatch
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
+from jax.extend.random import threefry2x32_p
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding
 
@@ -29,6 +30,7 @@ __all__ = [
     "mlir",
     "needs_devices_to_lower",
     "resharded",
+    "threefry_bits",
     "varying_axes",
     "with_sharding_of",
     "zero_tangent",
@@ -72,6 +74,13 @@ def as_varying(value: Any, axes: frozenset[Any]) -> Any:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, missing, to="varying")
     return jax.lax.pvary(value, missing)  # type: ignore[attr-defined]  # JAX < 0.9
+
+
+def threefry_bits(key: Any, high: Any, low: Any) -> Any:
+    """The 32 random bits that a Threefry key, two words, has for each counter of two words."""
+    operands = jax.numpy.broadcast_arrays(key[0], key[1], high, low)
+    first, second = threefry2x32_p.bind(*operands)
+    return first ^ second
 
 
 def zero_tangent(value: Any) -> ad.Zero:

@@ -232,3 +232,245 @@ def spread_to_selected(updates: PyTree, cotangents: PyTree, trim_count: Any, *, 
         return jnp.where(selected, share[None], 0).astype(leaf.dtype)
 
     return jax.tree.map(spread_leaf, updates, cotangents)
+
+
+# --- Private --------------------------------------------------------------------------------------------------
+
+
+def _norm_parts(updates: PyTree, where: Array | None) -> tuple[Array, Array]:
+    """Each client's norm as ``scale · root``: squares of scaled coordinates neither overflow nor vanish."""
+    dtype = _tree_accumulator_dtype(updates)
+
+    def present(leaf: Array) -> Array:
+        leaf = leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+        return leaf if where is None else jnp.where(where[:, None], leaf, 0)
+
+    leaves = [present(leaf) for leaf in jax.tree.leaves(updates)]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), axis=1, initial=0) for leaf in leaves])
+    # A power of two, for which the quotients are exact, and whose reciprocal is not subnormal, since XLA may multiply
+    # by that. Infinities and NaNs have none, and go through.
+    exponent = jnp.minimum(jnp.frexp(largest)[1] - 1, int(jnp.finfo(dtype).maxexp) - 3)
+    scale = lax.stop_gradient(jnp.ldexp(jnp.ones_like(largest), exponent))
+    total = functools.reduce(jnp.add, [_pairwise_sum((leaf / scale[:, None]) ** 2) for leaf in leaves])
+    nothing = total == 0
+    return scale, jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, total)))
+
+
+def client_norms(updates: PyTree, *, where: Array | None = None) -> Array:
+    """``‖xᵢ‖`` per client over the whole tree, also where the square would overflow; 0 for an absent client."""
+    scale, root = _norm_parts(updates, where)
+    return scale * root
+
+
+def clipped_weighted_sum(
+    updates: PyTree,
+    weights: Array,
+    max_norm: Array,
+    *,
+    where: Array | None = None,
+    return_norms: bool = False,
+    given_norms: Array | None = None,
+) -> Any:
+    """``Σ wᵢ min(1, C / ‖xᵢ‖) xᵢ``; a client whose norm is not finite contributes 0. NaN for a C below 0."""
+    dtype = _tree_accumulator_dtype(updates)
+    max_norm = jnp.asarray(max_norm, dtype)
+    scale, root = (jnp.ones_like(given_norms), given_norms) if given_norms is not None else _norm_parts(updates, where)
+    norms = scale * root
+    clipped = norms > max_norm
+    # Of a huge client, C / ‖x‖ would be too small a number: shrink x first, by a power of two.
+    half_range = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
+    shrink = jnp.where(clipped & (scale * jnp.minimum(root, half_range) > half_range), 1 / half_range, 1).astype(dtype)
+    factor = jnp.where(clipped, max_norm / (scale * shrink) / jnp.where(clipped, root, 1), 1)
+    factor = jnp.where(max_norm >= 0, factor, jnp.nan)
+    kept = jnp.isfinite(root) & _present(where, root.shape[0])
+    shrunk = jax.tree.map(lambda x: x.astype(dtype) * _over_parameters(shrink, x), updates)
+    total = weighted_sum(shrunk, weights.astype(dtype) * factor, where=kept)
+    total = jax.tree.map(lambda y, x: y.astype(accumulator_dtype(x.dtype)), total, updates)
+    return (total, norms) if return_norms else total
+
+
+def leaf_keys(key: Array, num_leaves: int) -> list[Array]:
+    """The key of each leaf's noise: the key itself for one leaf, the parts of a split for several."""
+    return [key] if num_leaves == 1 else list(jax.random.split(key, num_leaves))
+
+
+def add_noise(totals: PyTree, key: Array, stddev: Array) -> PyTree:
+    """Adds ``stddev`` times float32 normals to each leaf, ``jax.random.normal``'s own."""
+    leaves, structure = jax.tree.flatten(totals)
+    keys = leaf_keys(key, len(leaves))
+    return structure.unflatten(
+        [
+            leaf + jnp.asarray(stddev, leaf.dtype) * jax.random.normal(k, leaf.shape, np.float32).astype(leaf.dtype)
+            for leaf, k in zip(leaves, keys, strict=True)
+        ]
+    )
+
+
+def noisy_weighted_sum(
+    key: Array, updates: PyTree, weights: Array, stddev: Array, *, where: Array | None = None
+) -> PyTree:
+    """``Σ wᵢ xᵢ + stddev · z``, z standard normal."""
+    return add_noise(weighted_sum(updates, weights, where=where), key, stddev)
+
+
+def clipped_noisy_weighted_sum(
+    key: Array,
+    updates: PyTree,
+    weights: Array,
+    max_norm: Array,
+    stddev: Array,
+    *,
+    where: Array | None = None,
+    return_norms: bool = False,
+) -> Any:
+    """``Σ wᵢ min(1, C / ‖xᵢ‖) xᵢ + stddev · z``, z standard normal."""
+    total, norms = clipped_weighted_sum(updates, weights, max_norm, where=where, return_norms=True)
+    total = add_noise(total, key, stddev)
+    return (total, norms) if return_norms else total
+
+
+def adaptive_clip_norm(
+    clip_norm: Array,
+    norms: Array,
+    *,
+    target_quantile: Any = 0.5,
+    learning_rate: Any = 0.2,
+    key: Array | None = None,
+    count_stddev: Any = 0.0,
+    where: Array | None = None,
+) -> Array:
+    """``C · exp(−η (b − γ))``, b the share of clients with ``‖xᵢ‖ ≤ C``, with noise on their count."""
+    present = _present(where, norms.shape[0])
+    count = jnp.sum((norms <= clip_norm) & jnp.isfinite(norms) & present, dtype=clip_norm.dtype)
+    if key is not None:
+        count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
+    num_present = jnp.sum(present, dtype=clip_norm.dtype)
+    share = jnp.where(num_present > 0, count / num_present, jnp.nan)
+    return clip_norm * jnp.exp(-learning_rate * (share - target_quantile))
+
+
+# --- Server optimizers ----------------------------------------------------------------------------------------
+
+SERVER_RULES = ("avgm", "adagrad", "adam", "yogi")
+
+
+def server_step(
+    rule: str,
+    param: Array,
+    first: Array,
+    second: Array,
+    delta: Array,
+    learning_rate: Array,
+    b1: Array,
+    b2: Array,
+    tau: Array,
+) -> tuple[Array, Array, Array]:
+    """One leaf's step along ``delta``, in the dtype of its state: (parameters, first moment, second moment)."""
+    square = delta * delta
+    if rule == "avgm":
+        first = b1 * first + delta
+        step = learning_rate * first
+    else:
+        first = delta if rule == "adagrad" else b1 * first + (1 - b1) * delta
+        if rule == "adagrad":
+            second = second + square
+        elif rule == "adam":
+            second = b2 * second + (1 - b2) * square
+        else:
+            second = second - (1 - b2) * square * jnp.sign(second - square)
+        step = learning_rate * first / (jnp.sqrt(second) + tau)
+    return (param.astype(first.dtype) + step).astype(param.dtype), first, second
+
+
+def server_update(
+    rule: str,
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None,
+    where: Array | None,
+    learning_rate: Any,
+    b1: Any = 0.0,
+    b2: Any = 0.0,
+    tau: Any = 0.0,
+) -> tuple[PyTree, Any]:
+    """Steps parameters and state along the weighted mean; neither moves where that is not finite."""
+    delta = weighted_mean(updates, weights, where=where)
+    someone = jnp.any(_present(where, jax.tree.leaves(updates)[0].shape[0]))
+
+    def narrowed(leaf: Array, first: Array) -> Array:
+        return leaf.astype(first.dtype)
+
+    delta = jax.tree.map(narrowed, delta, state.first_moment)
+    good = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(delta)], someone)
+
+    def step_leaf(param: Array, first: Array, second: Array, leaf: Array) -> tuple[Array, Array, Array]:
+        scalars = [jnp.asarray(scalar, first.dtype) for scalar in (learning_rate, b1, b2, tau)]
+        new = server_step(rule, param, first, second, jnp.where(good, leaf, 0), *scalars)
+        return tuple(jnp.where(good, y, x) for y, x in zip(new, (param, first, second), strict=True))  # type: ignore
+
+    leaves, structure = jax.tree.flatten(params)
+    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment, delta)]
+    stepped = [step_leaf(*each) for each in zip(leaves, *others, strict=True)]
+    trees = [structure.unflatten(part) for part in zip(*stepped, strict=True)]
+    return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
+
+
+def fedavgm_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← β m + Δ``, ``x ← x + η m``."""
+    return server_update("avgm", params, state, updates, weights, where, learning_rate, momentum)
+
+
+def fedadagrad_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← Δ``, ``v ← v + Δ²``, ``x ← x + η m / (√v + τ)``."""
+    return server_update("adagrad", params, state, updates, weights, where, learning_rate, tau=tau)
+
+
+def fedadam_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← β₁ m + (1 − β₁) Δ``, ``v ← β₂ v + (1 − β₂) Δ²``, ``x ← x + η m / (√v + τ)``."""
+    return server_update("adam", params, state, updates, weights, where, learning_rate, b1, b2, tau)
+
+
+def fedyogi_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """FedAdam but for ``v ← v − (1 − β₂) Δ² sign(v − Δ²)``."""
+    return server_update("yogi", params, state, updates, weights, where, learning_rate, b1, b2, tau)

@@ -19,6 +19,7 @@ import oracle
 
 import fedfuse_jax as ff
 from fedfuse_jax import _native, _primitive, reference
+from fedfuse_jax import private as private_operations
 from fedfuse_jax import reduce as reduce_operations
 from fedfuse_jax import robust as robust_operations
 
@@ -34,6 +35,10 @@ class Kind(enum.Enum):
     WHERE = "a truth value per client"
     TRIM = "an integer scalar"
     SCALAR = "a real scalar"
+    BOUND = "a norm that about half of the clients exceed"
+    KEY = "a raw Threefry key"
+    STATE = "a server optimizer's state"
+    RATES = "hyper-parameters in one vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,42 @@ weighted_spread = _spread_with(
 define_weighted_spread = _spread_with(
     lambda weights, leaves, where, dtypes: reference.weighted_spread(weights, leaves, where=where, dtypes=dtypes)
 )
+
+
+def client_norms(updates: Any, where: Any = None) -> Any:
+    leaves = jax.tree.leaves(updates)
+    dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves)).name
+    return private_operations.CLIENT_NORMS.bind({"updates": leaves, "where": where}, (dtype,))[0]
+
+
+def server_row(operation: str, *rates: str) -> Row:
+    """A server optimizer, its hyper-parameters taken from one vector."""
+
+    def with_rates(function: Callable[..., Any]) -> Callable[..., Any]:
+        def update(params: Any, state: Any, updates: Any, rates_of: Any, **options: Any) -> Any:
+            named = {rate: rates_of[i] for i, rate in enumerate(rates)}
+            return function(params, state, updates, **named, **options)
+
+        return update
+
+    return Row(
+        operation,
+        call=with_rates(getattr(ff, operation)),
+        definition=with_rates(getattr(reference, operation)),
+        oracle=with_rates(getattr(oracle, operation)),
+        arguments={
+            "params": Kind.CLIENT,
+            "state": Kind.STATE,
+            "updates": Kind.STACKED,
+            "rates_of": Kind.RATES,
+            "weights": Kind.WEIGHTS,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("weights", "where")),
+        differentiable=("params", "updates", "rates_of"),
+        coordinate_wise=False,
+        collectives=("all-reduce",),
+    )
 
 
 def in_float64(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,6 +303,73 @@ ROWS = (
         public=False,
         withstands_overflow=True,
     ),
+    Row(
+        "client_norms",
+        call=client_norms,
+        definition=reference.client_norms,
+        oracle=in_float64("client_norms", oracle.client_norms),
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates",),
+        public=False,
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "clipped_weighted_sum",
+        call=functools.partial(ff.clipped_weighted_sum, return_norms=True),
+        definition=functools.partial(reference.clipped_weighted_sum, return_norms=True),
+        oracle=functools.partial(in_float64("clipped_weighted_sum", oracle.clipped_weighted_sum), return_norms=True),
+        arguments={"updates": Kind.STACKED, "weights": Kind.WEIGHTS, "max_norm": Kind.BOUND, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("weights",),
+        differentiable=("updates", "weights", "max_norm"),
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "noisy_weighted_sum",
+        call=ff.noisy_weighted_sum,
+        definition=reference.noisy_weighted_sum,
+        oracle=oracle.noisy_weighted_sum,
+        arguments={
+            "key": Kind.KEY,
+            "updates": Kind.STACKED,
+            "weights": Kind.WEIGHTS,
+            "stddev": Kind.SCALAR,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("where",)),
+        differentiable=("updates", "weights", "stddev"),
+        random=True,
+        coordinate_wise=False,
+    ),
+    Row(
+        "clipped_noisy_weighted_sum",
+        call=ff.clipped_noisy_weighted_sum,
+        definition=reference.clipped_noisy_weighted_sum,
+        oracle=in_float64("clipped_noisy_weighted_sum", oracle.clipped_noisy_weighted_sum),
+        arguments={
+            "key": Kind.KEY,
+            "updates": Kind.STACKED,
+            "weights": Kind.WEIGHTS,
+            "max_norm": Kind.BOUND,
+            "stddev": Kind.SCALAR,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("where",)),
+        differentiable=("updates", "weights", "max_norm", "stddev"),
+        random=True,
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    server_row("fedavgm_weighted_update", "learning_rate", "momentum"),
+    server_row("fedadagrad_weighted_update", "learning_rate", "tau"),
+    server_row("fedadam_weighted_update", "learning_rate", "b1", "b2", "tau"),
+    server_row("fedyogi_weighted_update", "learning_rate", "b1", "b2", "tau"),
 )
 
 
@@ -389,6 +497,16 @@ def sample(kind: Kind, name: str, problem: Problem, case: Case) -> Any:
         return np.int32(min(1, (present - 1) // 2))
     if kind is Kind.SCALAR:
         return accumulator(generator.uniform(0.5, 2))
+    if kind is Kind.BOUND:
+        return accumulator(generator.uniform(2, 5))
+    if kind is Kind.KEY:
+        return generator.integers(0, 2**32, 2, np.uint32)
+    if kind is Kind.RATES:
+        return generator.uniform(0.1, 0.9, 4).astype(accumulator)
+    if kind is Kind.STATE:
+        usual = dataclasses.replace(problem, values="normal")
+        first, second = (sample(Kind.TOTAL, f"{name} {moment}", usual, case) for moment in ("first", "second"))
+        return ff.ServerState(np.int32(problem.seed), first, jax.tree.map(lambda x: x * x + x.dtype.type(0.5), second))
     if kind is Kind.CLIENTS:
         stacked = sample(Kind.STACKED, name, problem, case)
         return [jax.tree.map(lambda leaf, i=i: leaf[i, ...], stacked) for i in range(n_clients)]

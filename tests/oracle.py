@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 
 NAN = float("nan")
 
@@ -243,6 +244,197 @@ def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: An
     return jax.tree.unflatten(jax.tree.structure(updates), spread)
 
 
+# --- Private --------------------------------------------------------------------------------------------------
+
+
+@quiet
+def client_norms(updates: Any, where: Any = None, kernel: bool = False) -> Any:
+    leaves = leaves_of(updates)
+    num_terms = sum(leaf[0].size for leaf in leaves)
+    squares = [np.square(widened(leaf)).reshape(len(leaf), leaf[0].size).sum(1) for leaf in leaves]
+    norms = np.sqrt(np.sum(squares, axis=0))
+    norms = norms if where is None else np.where(where, norms, 0)
+    # Devices that share the parameters round their parts of a norm.
+    return Expected(norms, norms, 8 if kernel else _pairwise_roundings(num_terms), *[accumulator_of(*leaves)] * 2)
+
+
+@quiet
+def clipped_weighted_sum(
+    updates: Any,
+    weights: Any,
+    max_norm: Any,
+    where: Any = None,
+    return_norms: bool = False,
+    kernel: bool = False,
+) -> Any:
+    norms = client_norms(updates, where, kernel)
+    kept = np.isfinite(norms.value) if where is None else np.isfinite(norms.value) & where
+    bound = float(max_norm)
+    factors = np.array([min(1.0, bound / norm) if norm > 0 else 1.0 for norm in norms.value])
+    shares = widened(weights) * factors
+    results = []
+    for leaf in leaves_of(updates):
+        terms = _weighted_terms(leaf, shares, kept)
+        results.append((terms.sum(0), np.abs(terms).sum(0), len(terms) + 6 + norms.roundings))
+    total = _finish(updates, results)
+    return (total, norms) if return_norms else total
+
+
+def threefry(key: Any, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011): the two words that a key has for each 64-bit counter."""
+    key0, key1 = (int(word) for word in key)
+    schedule = np.array([key0, key1, key0 ^ key1 ^ 0x1BD11BDA], np.uint32)
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    x0, x1 = (counters >> np.uint64(32)).astype(np.uint32), counters.astype(np.uint32)
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for group in range(5):
+        for rotation in rotations[group % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))
+            x1 = x0 ^ x1
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
+
+
+def leaf_keys(key: Any, num_leaves: int) -> list[tuple]:
+    return [key] if num_leaves == 1 else list(zip(*threefry(key, np.arange(num_leaves, dtype=np.uint64)), strict=True))
+
+
+def normals(key: Any, shape: tuple[int, ...], first: int = 0) -> np.ndarray:
+    """What `jax.random.normal` means to give, in float64: it rounds a uniform number and its square to float32."""
+    counters = np.uint64(first) + np.arange(int(np.prod(shape)), dtype=np.uint64)
+    x0, x1 = threefry(key, counters)
+    fraction = (((x0 ^ x1) >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
+    least = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = np.maximum(least, fraction * (np.float32(1) - least) + least)
+    rounded = np.sign(uniform) * np.sqrt((uniform * uniform).astype(np.float64))
+    return np.sqrt(2) * scipy.special.erfinv(rounded).reshape(shape)
+
+
+# A normal is off by some ten ulp at most: the polynomial's error, and that of a logarithm near 0.
+NORMAL_ROUNDINGS = 20
+
+
+def _with_noise(total: Any, key: Any, stddev: Any) -> Any:
+    leaves, structure = jax.tree.flatten(total, is_leaf=is_expected)
+    noisy = []
+    for expected, leaf_key in zip(leaves, leaf_keys(key, len(leaves)), strict=True):
+        noise = float(stddev) * normals(leaf_key, expected.value.shape)
+        # Float32 noise, whatever the accumulator.
+        scale = unit_roundoff(np.float32) / unit_roundoff(expected.accumulator)
+        magnitude = np.nan_to_num(expected.magnitude, nan=0, posinf=0) + NORMAL_ROUNDINGS * scale * np.abs(noise)
+        noisy.append(
+            expected._replace(
+                value=expected.value + noise, magnitude=magnitude, roundings=max(expected.roundings, 1) + 2
+            )
+        )
+    return jax.tree.unflatten(structure, noisy)
+
+
+def noisy_weighted_sum(key: Any, updates: Any, weights: Any, stddev: Any, where: Any = None) -> Any:
+    return _with_noise(weighted_sum(updates, weights, where), key, stddev)
+
+
+def clipped_noisy_weighted_sum(
+    key: Any,
+    updates: Any,
+    weights: Any,
+    max_norm: Any,
+    stddev: Any,
+    where: Any = None,
+    kernel: bool = False,
+) -> Any:
+    return _with_noise(clipped_weighted_sum(updates, weights, max_norm, where, kernel=kernel), key, stddev)
+
+
+# --- Server optimizers ----------------------------------------------------------------------------------------
+
+
+@quiet
+def _server_update(rule: Any, params: Any, state: Any, updates: Any, weights: Any, where: Any) -> Any:
+    """`rule(m, v, Δ)` gives the moments, the step, and how errors of Δ grow into errors of the three."""
+    deltas = leaves_of_expected(weighted_mean(updates, weights, where))
+    someone = where is None or bool(np.any(where))
+    good = someone and all(np.isfinite(delta.value).all() for delta in deltas)
+    columns: tuple[list, list, list] = ([], [], [])
+    moments = zip(leaves_of(state.first_moment), leaves_of(state.second_moment), strict=True)
+    for param, (first, second), delta in zip(leaves_of(params), moments, deltas, strict=True):
+        old = [widened(x) for x in (param, first, second)]
+        accumulator = accumulator_of(param)
+        if not good:
+            values, magnitudes, roundings = old, old, 0
+        else:
+            (m, m_error), (v, v_error), (step, step_error) = rule(old[1], old[2], delta.value, delta.magnitude)
+            values, roundings = [old[0] + step, m, v], delta.roundings + 8
+            magnitudes = [np.abs(old[0]) + step_error, m_error, v_error]
+        dtypes = (param.dtype, first.dtype, second.dtype)
+        for column, value, magnitude, dtype in zip(columns, values, magnitudes, dtypes, strict=True):
+            column.append(Expected(value, np.abs(magnitude), roundings, accumulator, dtype))
+    structure = jax.tree.structure(params)
+    step_count = np.asarray(state.step + good)
+    trees = [jax.tree.unflatten(structure, column) for column in columns]
+    return trees[0], type(state)(Expected(step_count, step_count, 0, np.float32, np.int32), *trees[1:])
+
+
+def leaves_of_expected(tree: Any) -> list[Expected]:
+    return jax.tree.leaves(tree, is_leaf=is_expected)
+
+
+def fedavgm_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, momentum: Any, weights: Any = None, where: Any = None
+) -> Any:
+    eta, beta = float(learning_rate), float(momentum)
+
+    def rule(m: Any, v: Any, delta: Any, error: Any) -> Any:
+        m, m_error = beta * m + delta, np.abs(beta * m) + error
+        return (m, m_error), (v, v), (eta * m, eta * m_error)
+
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def _adaptive(eta: float, b1: float, tau: float, new_second: Any) -> Any:
+    def rule(m: Any, v: Any, delta: Any, error: Any) -> Any:
+        m, m_error = b1 * m + (1 - b1) * delta, np.abs(b1 * m) + (1 - b1) * error
+        v, v_error = new_second(v, delta, 2 * np.abs(delta) * error + delta**2)
+        root = np.sqrt(v)
+        # d(√v) = dv / 2√v.
+        step_error = m_error / (root + tau) + np.abs(m) / (root + tau) ** 2 * (v_error / (2 * root) + root + tau)
+        return (m, m_error), (v, v_error), (eta * m / (root + tau), eta * step_error)
+
+    return rule
+
+
+def fedadagrad_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, tau: Any, weights: Any = None, where: Any = None
+) -> Any:
+    rule = _adaptive(float(learning_rate), 0.0, float(tau), lambda v, delta, error: (v + delta**2, v + error))
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def fedadam_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, b1: Any, b2: Any, tau: Any,
+    weights: Any = None, where: Any = None,
+) -> Any:  # fmt: skip
+    def new_second(v: Any, delta: Any, error: Any) -> Any:
+        return float(b2) * v + (1 - float(b2)) * delta**2, float(b2) * v + (1 - float(b2)) * error
+
+    rule = _adaptive(float(learning_rate), float(b1), float(tau), new_second)
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def fedyogi_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, b1: Any, b2: Any, tau: Any,
+    weights: Any = None, where: Any = None,
+) -> Any:  # fmt: skip
+    def new_second(v: Any, delta: Any, error: Any) -> Any:
+        step = (1 - float(b2)) * delta**2 * np.sign(v - delta**2)
+        return v - step, v + (1 - float(b2)) * error
+
+    rule = _adaptive(float(learning_rate), float(b1), float(tau), new_second)
+    return _server_update(rule, params, state, updates, weights, where)
+
+
 # --- Comparison -----------------------------------------------------------------------------------------------
 
 
@@ -259,7 +451,7 @@ def assert_leaf_matches(got: Any, expected: Expected, name: str = "") -> None:
     got = np.asarray(got)
     assert got.dtype == np.dtype(expected.dtype), f"{name}: dtype {got.dtype}, not {np.dtype(expected.dtype)}"
     assert got.shape == expected.value.shape, f"{name}: shape {got.shape}, not {expected.value.shape}"
-    if got.dtype == bool:
+    if not jax.numpy.issubdtype(got.dtype, np.floating):
         np.testing.assert_array_equal(got, expected.value, name)
         return
     rounded = widened(expected.value.astype(got.dtype))  # beyond the dtype's range: inf

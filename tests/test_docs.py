@@ -23,9 +23,9 @@ from fedfuse_jax import _native, _primitive
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPERATIONS = sorted(name for name in ff.__all__ if callable(getattr(ff, name)))
-OPTIONAL = ("fedjax",)  # what an example may need beside the package
-ADAPTERS = {"fedjax": "fedfuse_jax.fedjax"}  # the framework that each of them needs
+OPERATIONS = sorted(name for name in ff.__all__ if inspect.isfunction(getattr(ff, name)))
+OPTIONAL = ("fedjax", "optax", "dp_accounting")  # what an example may need beside the package
+ADAPTERS = {"fedjax": "fedfuse_jax.fedjax", "optax": "fedfuse_jax.optax"}  # the framework that each of them needs
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
