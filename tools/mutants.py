@@ -33,7 +33,6 @@ LINEAR, ORDER = "linear", "order statistics"
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
 LINEAR_BATTERY = ("tests/test_battery.py", "-k", "(weighted or norms or finite_clients or stack or dots)")
-ORDER_BATTERY = ("tests/test_battery.py", "-k", "(median or trimmed or selected)")
 ORDER_SIZES = ("tests/test_order_statistics.py",)
 NETWORKS = ("tests/test_networks.py",)
 NATIVE = ("tests/test_export.py", "-k", "too_small")
@@ -196,8 +195,8 @@ MUTANTS = (
            battery("run_after_run", "stack")),
     Mutant(LINEAR, READER, "own != 1 && own != size", "own > size", "accepts a batch that is too small", NATIVE),
     # --- Order statistics: kernels ------------------------------------------------------------------------------
-    Mutant(ORDER, ORDER_TILES, "k >= 0 && 2 * k <", "2 * k <",
-           "a negative trim is carried out", ORDER_BATTERY),
+    Mutant(ORDER, ORDER_TILES, "2 * k < static_cast<std::int64_t>", "k < static_cast<std::int64_t>",
+           "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
     Mutant(ORDER, ORDER_TILES, "trim < 0 || rows.size() <", "trim < 0 && rows.size() <",
            "an absent client's gradient is whatever was there",
            battery("(absent or eager or where)", "(median or spread)")),
