@@ -10,6 +10,16 @@
 
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
+from fedfuse_jax.centers import centered_clipping, geometric_median
+from fedfuse_jax.distances import (
+    bucketing,
+    bulyan,
+    krum,
+    krum_scores,
+    multi_krum,
+    nearest_neighbor_mixing,
+    pairwise_squared_distances,
+)
 from fedfuse_jax.reduce import (
     accumulate_weighted,
     export_checks,
@@ -19,15 +29,25 @@ from fedfuse_jax.reduce import (
     weighted_mean,
     weighted_sum,
 )
-from fedfuse_jax.robust import coordinate_median, trimmed_mean
+from fedfuse_jax.robust import coordinate_median, mean_around_median, trimmed_mean
 
 __version__ = "0.1.0"
 
 __all__ = [
     "accumulate_weighted",
+    "bucketing",
+    "bulyan",
+    "centered_clipping",
     "coordinate_median",
     "export_checks",
     "finite_clients",
+    "geometric_median",
+    "krum",
+    "krum_scores",
+    "mean_around_median",
+    "multi_krum",
+    "nearest_neighbor_mixing",
+    "pairwise_squared_distances",
     "reference",
     "show_versions",
     "squared_norms",
