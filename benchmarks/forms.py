@@ -115,6 +115,60 @@ def best_trimmed_mean(updates: Array, trim: int) -> Array:
     return jnp.where(low < high, kept / num_kept, low)
 
 
+def natural_mean_around_median(updates: Array, num_byzantine: int) -> Array:
+    """The values nearest the median, by sorting the distances from it."""
+    distances = jnp.abs(updates - jnp.median(updates, axis=0))
+    nearest = jnp.argsort(distances, axis=0)[: len(updates) - num_byzantine]
+    return jnp.mean(jnp.take_along_axis(updates, nearest, axis=0), axis=0)
+
+
+def best_mean_around_median(updates: Array, num_byzantine: int) -> Array:
+    """A window that slides over the values in order, and its mean; in order by one sort of the values alone."""
+    n_clients = len(updates)
+    values = jnp.sort(updates.astype(jnp.float32), axis=0)
+    num_kept = n_clients - num_byzantine
+    twice_median = values[(n_clients - 1) // 2] + values[n_clients // 2]
+    first = jnp.sum(values[:num_byzantine] + values[num_kept:] < twice_median, axis=0)
+    ranks = jnp.arange(n_clients)[:, None]
+    return jnp.sum(jnp.where((ranks >= first) & (ranks < first + num_kept), values, 0), axis=0) / num_kept
+
+
+# --- Distances in jax.numpy ---------------------------------------------------------------------------------------
+
+
+def natural_distances(updates: Array) -> Array:
+    """Row by row, by differences: all pairs at once would not fit into memory."""
+    return lax.map(lambda row: jnp.sum(jnp.square(updates - row), axis=1), updates)
+
+
+def best_distances(updates: Array) -> Array:
+    """By products: one matrix multiplication, which loses digits where clients are close together."""
+    products = jnp.matmul(updates, updates.T, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+    squares = jnp.diagonal(products)
+    return jnp.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+
+
+def multi_krum_by(distances: Callable[[Array], Array], num_byzantine: Callable[[Array], int]) -> Callable[..., Array]:
+    """Multi-Krum on distances found in this way."""
+
+    def of_updates(updates: Array) -> Array:
+        n_clients, f = len(updates), num_byzantine(updates)
+        scores = jnp.sum(jnp.sort(distances(updates), axis=1)[:, 1 : n_clients - f - 1], axis=1)
+        selected = jnp.argsort(scores)[: n_clients - f]
+        return jnp.zeros(n_clients).at[selected].set(1 / (n_clients - f)) @ updates
+
+    return of_updates
+
+
+def natural_geometric_median(updates: Array) -> Array:
+    """Eight smoothed Weiszfeld iterations from the median."""
+    center = jnp.median(updates, axis=0)
+    for _ in range(8):
+        weights = 1 / jnp.maximum(jnp.linalg.norm(updates - center, axis=1), 1e-6)
+        center = (weights / jnp.sum(weights)) @ updates
+    return center
+
+
 def backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[..., Any]:
     """The derivative of ``forward`` in its first operands, as a function of the operands and the cotangent."""
 
@@ -154,6 +208,23 @@ def numpy_spread(updates: np.ndarray, cotangent: np.ndarray, trim: int) -> tuple
     return (spread,)
 
 
+def numpy_mean_around_median(updates: np.ndarray, num_byzantine: int) -> np.ndarray:
+    """A sort, and a window slid over it."""
+    values, n_clients = np.sort(wide(updates), axis=0), len(updates)
+    num_kept = n_clients - num_byzantine
+    twice_median = values[(n_clients - 1) // 2] + values[n_clients // 2]
+    first = (values[:num_byzantine] + values[num_kept:] < twice_median).sum(axis=0)
+    ranks = np.arange(n_clients)[:, None]
+    return np.where((ranks >= first) & (ranks < first + num_kept), values, 0).sum(axis=0) / num_kept
+
+
+def numpy_distances(updates: np.ndarray) -> np.ndarray:
+    """By products."""
+    products = wide(updates) @ wide(updates).T
+    squares = np.diagonal(products)
+    return np.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+
+
 # --- PyTorch (tensors in, tensors out; imported by nobody but its user) -------------------------------------------
 
 
@@ -169,6 +240,20 @@ def torch_median(updates: Any) -> Any:
 def torch_trimmed_mean(updates: Any, trim: int) -> Any:
     """A sort along the client axis and the mean of the rows left."""
     return updates.sort(dim=0).values[trim : len(updates) - trim].float().mean(dim=0)
+
+
+def torch_mean_around_median(updates: Any, num_byzantine: int) -> Any:
+    """As `byzfl` has it: the values nearest the median, by the smallest distances from it."""
+    distances = (updates - torch_median(updates)).abs()
+    nearest = distances.topk(len(updates) - num_byzantine, dim=0, largest=False, sorted=False).indices
+    return updates.gather(0, nearest).float().mean(dim=0)
+
+
+def torch_distances(updates: Any) -> Any:
+    """``torch.cdist`` without its products, which lose digits."""
+    import torch
+
+    return torch.cdist(updates.float(), updates.float(), compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def torch_backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[..., Any]:

@@ -266,6 +266,15 @@ _ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**
 _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"), TREE_PROBLEM)
 
 
+_ROBUST_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**5))
+_DISTANCE_PROBLEMS = (Problem(32, 10**6), Problem(128, 10**5), Problem(1000, 10**4))
+
+
+def _num_byzantine(updates: Array) -> int:
+    """A fifth, as the trimmed mean drops at either end."""
+    return int(TRIM_FRACTION * len(updates))
+
+
 def _natural_sum(updates: Array, weights: Array) -> Array:
     return jnp.sum(weights[:, None] * updates, axis=0)
 
@@ -389,6 +398,46 @@ ROWS: tuple[Row, ...] = (
         problems=_BACKWARD_PROBLEMS,
         gpu_problems=_BACKWARD_PROBLEMS,
         goals=_backward_goals,
+    ),
+    Row(
+        "mean_around_median",
+        _updates_only,
+        lambda updates: ff.mean_around_median(updates, _num_byzantine(updates)),
+        natural=lambda updates: forms.natural_mean_around_median(updates, _num_byzantine(updates)),
+        best=lambda updates: forms.best_mean_around_median(updates, _num_byzantine(updates)),
+        numpy=lambda updates: forms.numpy_mean_around_median(updates, _num_byzantine(updates)),
+        torch=lambda updates: forms.torch_mean_around_median(updates, _num_byzantine(updates)),
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
+        goals=_one_array_goal,
+    ),
+    Row(
+        "pairwise_squared_distances",
+        _updates_only,
+        ff.pairwise_squared_distances,
+        natural=forms.natural_distances,
+        best=forms.best_distances,
+        numpy=forms.numpy_distances,
+        torch=forms.torch_distances,
+        problems=_DISTANCE_PROBLEMS,
+        gpu_problems=_DISTANCE_PROBLEMS,
+    ),
+    Row(
+        "multi_krum",
+        _updates_only,
+        lambda updates: ff.multi_krum(updates, _num_byzantine(updates)),
+        natural=forms.multi_krum_by(forms.natural_distances, _num_byzantine),
+        best=forms.multi_krum_by(forms.best_distances, _num_byzantine),
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
+    ),
+    Row(
+        "geometric_median",
+        _updates_only,
+        ff.geometric_median,
+        natural=forms.natural_geometric_median,
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
     ),
     Row(
         "squared_norms",

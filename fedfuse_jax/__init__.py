@@ -10,6 +10,16 @@
 
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
+from fedfuse_jax.centers import centered_clipping, geometric_median
+from fedfuse_jax.distances import (
+    bucketing,
+    bulyan,
+    krum,
+    krum_scores,
+    multi_krum,
+    nearest_neighbor_mixing,
+    pairwise_squared_distances,
+)
 from fedfuse_jax.private import (
     adaptive_clip_norm,
     clipped_noisy_weighted_sum,
@@ -25,7 +35,7 @@ from fedfuse_jax.reduce import (
     weighted_mean,
     weighted_sum,
 )
-from fedfuse_jax.robust import coordinate_median, trimmed_mean
+from fedfuse_jax.robust import coordinate_median, mean_around_median, trimmed_mean
 from fedfuse_jax.server import (
     ServerState,
     fedadagrad_weighted_update,
@@ -41,6 +51,9 @@ __all__ = [
     "ServerState",
     "accumulate_weighted",
     "adaptive_clip_norm",
+    "bucketing",
+    "bulyan",
+    "centered_clipping",
     "clipped_noisy_weighted_sum",
     "clipped_weighted_sum",
     "coordinate_median",
@@ -50,8 +63,15 @@ __all__ = [
     "fedavgm_weighted_update",
     "fedyogi_weighted_update",
     "finite_clients",
+    "geometric_median",
     "init_server_state",
+    "krum",
+    "krum_scores",
+    "mean_around_median",
+    "multi_krum",
+    "nearest_neighbor_mixing",
     "noisy_weighted_sum",
+    "pairwise_squared_distances",
     "reference",
     "show_versions",
     "squared_norms",

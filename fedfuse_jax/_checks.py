@@ -173,3 +173,16 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least {minimum}.")
     return int(value)
+
+
+def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Array:
+    """Real squared distances, ``(n_clients, n_clients)``; without ``n_clients``, of any number but none."""
+    count = "n_clients" if n_clients is None else n_clients
+    needed = f"floating-point numbers of shape ({count}, {count}), the squared distance of every two clients"
+    array = as_array(operation, "distances", distances, needed)
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{operation}: distances has dtype {array.dtype}; it needs {needed}.")
+    square = array.ndim == 2 and array.shape[0] == array.shape[1] and array.shape[0] != 0
+    if not square or (n_clients is not None and array.shape[0] != n_clients):
+        raise ValueError(f"{operation}: distances has shape {array.shape}; it needs {needed}.")
+    return array.astype(reference.accumulator_dtype(array.dtype))

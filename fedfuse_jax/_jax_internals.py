@@ -14,7 +14,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.extend.core import Primitive
 from jax.extend.random import threefry2x32_p
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "ArrayMapping",
@@ -29,6 +29,7 @@ __all__ = [
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
+    "replicated",
     "resharded",
     "threefry_bits",
     "varying_axes",
@@ -100,6 +101,11 @@ def resharded(value: Any, mesh: Any, spec: Any) -> Any:
     if not explicit_axes(mesh) or (sharding.mesh == mesh and sharding.spec == spec):
         return value
     return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+
+def replicated(value: Any) -> Any:
+    """``value``, whole on every device of a mesh with Explicit axes; elsewhere, ``value``."""
+    return resharded(value, jax.typeof(value).sharding.mesh, PartitionSpec(*[None] * value.ndim))
 
 
 def with_sharding_of(aval: Any, value: Any) -> Any:

@@ -81,7 +81,8 @@ class Operation:
       whole_axes: Axes that one device must see whole. They are resharded over parameter axes.
       reduce: How partial results combine over sharded axes that no result has: ``"sum"``, ``"all"`` or ``"norm"``.
       partitioned: Replaces what one device of several does: ``partitioned(call, operands, mesh_axes)``.
-      new_axes: ``new_axes(attributes) -> {axis: size}`` for axes that only results have.
+      new_axes: ``new_axes(attributes) -> {axis: size}`` for axes that only results have; a size may be the name of the
+        operands' axis that has it.
       jvp: ``jvp(call, primals, tangents) -> [tangent or None, …]``; ``None``: the results have no derivative.
       transpose: ``transpose(call, cotangents, operands) -> {operand: cotangents}`` for the linear operands.
       aliased: Operands whose buffers the results of the same names may reuse.
@@ -99,7 +100,7 @@ class Operation:
         whole_axes: tuple[Axis, ...] = (),
         reduce: str | None = None,
         partitioned: Callable[..., list[Array]] | None = None,
-        new_axes: Callable[..., Mapping[Axis, int]] | None = None,
+        new_axes: Callable[..., Mapping[Axis, int | Axis]] | None = None,
         jvp: Callable[..., list[Array | None]] | None = None,
         transpose: Callable[..., Operands] | None = None,
         aliased: tuple[str, ...] = (),
@@ -190,7 +191,8 @@ class Operation:
 
     def _sizes(self, avals: Sequence[Any], operand_axes: Sequence[tuple[Axis, ...]], layout: Layout) -> dict[Axis, Any]:
         """The size of every axis. Operands must agree, but for batch axes, where size 1 means shared."""
-        sizes: dict[Axis, Any] = dict(self._new_axes(**dict(layout.attributes))) if self._new_axes else {}
+        new_axes = dict(self._new_axes(**dict(layout.attributes))) if self._new_axes else {}
+        sizes: dict[Axis, Any] = {axis: size for axis, size in new_axes.items() if not isinstance(size, str)}
         for aval, axes in zip(avals, operand_axes, strict=True):
             if len(aval.shape) != len(axes):
                 raise ValueError(f"{self.name}: an operand of shape {aval.shape} does not have the axes {axes}.")
@@ -200,6 +202,7 @@ class Operation:
                     sizes[axis] = size
                 elif not (axis.startswith("batch") and _is_one(size)) and known != size:
                     raise ValueError(f"{self.name}: axis {axis} has size {size} in one operand and {known} in another.")
+        sizes.update({axis: sizes[model] for axis, model in new_axes.items() if isinstance(model, str)})
         return sizes
 
     # --- Rules of the primitives -------------------------------------------------------------------------------
@@ -456,28 +459,34 @@ class Operation:
         """One device's share, and the collectives that make it whole."""
         if self._reduce is None:
             return call.run_local(operands)
-        layout = call.layout
-        ndims = [x.ndim for x in self._flatten(operands, layout)]
-        operand_axes, result_axes = self._axes(ndims, layout)
-        kept = {axis for axes in result_axes for axis in axes}
-        leaf_axes: list[frozenset[str]] = []
-        for leaf in range(layout.num_leaves):
-            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
-            leaf_axes.append(frozenset(name for axis in own - kept for name in mesh_axes.get(axis, ())))
-        everything = frozenset().union(*leaf_axes)
+        shards = self.shards_of_leaves(call.layout, operands, mesh_axes)
         reduction = REDUCTIONS[self._reduce]
-        # Leaves sharded differently are reduced apart: what several devices hold alike counts once.
         parts: list[list[Array]] = []
-        for sharded_over in sorted(set(leaf_axes), key=sorted):
-            chosen = [leaf for leaf in range(layout.num_leaves) if leaf_axes[leaf] == sharded_over]
-            part = call.run_local(call.restrict(operands, chosen), num_leaves=len(chosen))
-            first = sum(lax.axis_index(name) for name in sorted(everything - sharded_over)) == 0
-            parts.append([jnp.where(first, reduction.summand(x), 0) for x in part])
-        names = tuple(sorted(everything))
+        for leaves, counts in shards.groups:
+            part = call.run_local(call.restrict(operands, leaves), num_leaves=len(leaves))
+            parts.append([jnp.where(counts(), reduction.summand(x), 0) for x in part])
+        names = shards.names
         totals = [
             lax.psum(sum(xs[1:], xs[0]), names) if names else sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)
         ]
         return [reduction.result(total) for total in totals]
+
+    def shards_of_leaves(
+        self, layout: Layout, operands: Operands, mesh_axes: Mapping[Axis, MeshAxes]
+    ) -> ShardsOfLeaves:
+        """The leaves by the mesh axes that their parameters are sharded over."""
+        operand_axes, _ = self._axes([x.ndim for x in self._flatten(operands, layout)], layout)
+        leaf_axes: list[frozenset[str]] = []
+        for leaf in range(layout.num_leaves):
+            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
+            leaf_axes.append(frozenset(name for axis in own for name in mesh_axes.get(axis, ())))
+        everything = frozenset().union(*leaf_axes)
+        groups: list[tuple[list[int], Callable[[], Any]]] = []
+        for sharded_over in sorted(set(leaf_axes), key=sorted):
+            others = sorted(everything - sharded_over)
+            leaves = [leaf for leaf in range(layout.num_leaves) if leaf_axes[leaf] == sharded_over]
+            groups.append((leaves, functools.partial(_is_first_along, others)))
+        return ShardsOfLeaves(groups, tuple(sorted(everything)))
 
 
 # --- Reductions over devices --------------------------------------------------------------------------------------
@@ -537,6 +546,13 @@ def all_reduce(kind: str, value: Array, axis_name: Any) -> Array:
     return reduction.result(lax.psum(reduction.summand(value), axis_name))
 
 
+class ShardsOfLeaves(NamedTuple):
+    """Leaves sharded alike, whether this device's share of them counts, and all mesh axes they are sharded over."""
+
+    groups: list[tuple[list[int], Callable[[], Any]]]
+    names: MeshAxes
+
+
 class ShardingPlan(NamedTuple):
     """What partitioning needs to know: where operands and results lie, and one device's share of the work."""
 
@@ -587,6 +603,11 @@ class BoundCall(NamedTuple):
     def over_clients(self, leaf: Array) -> Array:
         """Gives ``(*batch, *parameters)`` a client axis of size 1."""
         return jnp.expand_dims(leaf, self.batch_dims)
+
+
+def _is_first_along(names: Sequence[str]) -> Any:
+    """Whether this device is the first along these mesh axes: what several hold alike then counts once."""
+    return sum(lax.axis_index(name) for name in names) == 0
 
 
 def _is_one(size: Any) -> bool:

@@ -6,6 +6,7 @@ a correct implementation in lower precision may be off.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -190,6 +191,35 @@ def kept_clients(rows: np.ndarray, trim_count: int) -> np.ndarray:
 
 
 @quiet
+def nearest_median(rows: np.ndarray, num_byzantine: int) -> np.ndarray:
+    """The clients whose values are nearest the median in every coordinate, in order of rank; of two as near, the one of
+    the smaller value."""
+    num_kept = len(rows) - num_byzantine
+    kept = np.empty((max(num_kept, 0), *rows.shape[1:]), int)
+    if num_kept <= 0:
+        return kept
+    ranks = rank_order(rows)
+    for coordinate in np.ndindex(rows.shape[1:]):
+        column, order = rows[(slice(None), *coordinate)].astype(np.longdouble), ranks[(slice(None), *coordinate)]
+        median = (column[order[(len(order) - 1) // 2]] + column[order[len(order) // 2]]) / 2
+        away = np.where(column == median, 0, np.abs(column - median))
+        below = column < median
+
+        def nearness(rank: int, order: Any = order, away: Any = away, below: Any = below) -> tuple:
+            """NaN is farther than infinity, and all are as far from a NaN median; equals from the middle out."""
+            client = order[rank]
+            return (*_farness(away[client]), not below[client], -rank if below[client] else rank)
+
+        chosen = sorted(sorted(range(len(order)), key=nearness)[:num_kept])
+        kept[(slice(None), *coordinate)] = order[chosen]
+    return kept
+
+
+def _farness(distance: Any) -> tuple:
+    return (bool(np.isnan(distance)), 0.0 if np.isnan(distance) else distance)
+
+
+@quiet
 def _mean_of(kept: np.ndarray, accumulator: Any) -> tuple:
     """The mean of what was kept. One value is exact, two are rounded once, by the sum: known to the bit."""
     count = len(kept)
@@ -221,27 +251,110 @@ def coordinate_median(updates: Any, where: Any = None, out_dtype: Any = None) ->
     return trimmed_mean(updates, (num_present - 1) // 2, where=where, out_dtype=out_dtype)
 
 
-def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None) -> Any:
+def mean_around_median(updates: Any, num_byzantine: int, where: Any = None, out_dtype: Any = None) -> Any:
+    results = []
+    for leaf in leaves_of(updates):
+        rows = only_present(leaf, where)
+        kept = nearest_median(rows, num_byzantine)
+        results.append(_mean_of(np.take_along_axis(rows, kept, 0), accumulator_of(leaf)))
+    return _finish(updates, results, out_dtype)
+
+
+def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None, choose: Any = kept_clients) -> Any:
     results = []
     for leaf, value in zip(leaves_of(updates), leaves_of(values), strict=True):
         rows = only_present(leaf, where)
-        kept = kept_clients(rows, int(trim_count))
+        kept = choose(rows, int(trim_count))
         results.append(_mean_of(np.take_along_axis(only_present(value, where), kept, 0), accumulator_of(leaf)))
     return _finish(updates, results)
 
 
 @quiet
-def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: Any = None) -> Any:
+def spread_to_selected(
+    updates: Any, cotangents: Any, trim_count: Any, where: Any = None, choose: Any = kept_clients
+) -> Any:
     spread = []
     for leaf, cotangent in zip(leaves_of(updates), leaves_of(cotangents), strict=True):
         value = np.zeros(leaf.shape)
         present = np.arange(len(leaf)) if where is None else np.flatnonzero(where)
-        kept = kept_clients(widened(leaf)[present], int(trim_count))
+        kept = choose(widened(leaf)[present], int(trim_count))
         if len(kept):
             np.put_along_axis(value, present[kept], widened(cotangent)[None] / len(kept), 0)
         # The share is rounded once in the accumulator, and then to the leaf's dtype.
         spread.append(Expected(value, np.abs(value), 1, accumulator_of(leaf), leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(updates), spread)
+
+
+# --- Distances, mixtures and steps ----------------------------------------------------------------------------
+
+
+@quiet
+def _difference_dots(updates: Any, others: Any, kernel: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """The products of all pairs' differences, their magnitudes, and how many roundings a term meets."""
+    n_clients, num_terms = len(leaves_of(updates)[0]), 0
+    value, magnitude = np.zeros((2, n_clients, n_clients))
+    for leaf, other in zip(leaves_of(updates), leaves_of(others), strict=True):
+        rows, other_rows = (widened(x).reshape(n_clients, math.prod(x.shape[1:])) for x in (leaf, other))
+        for client in range(n_clients):
+            products = (rows - rows[client]) * (other_rows - other_rows[client])
+            value[client], magnitude[client] = value[client] + products.sum(1), magnitude[client] + abs(products).sum(1)
+        num_terms += rows.shape[1]
+    # A kernel adds a few dozen products in the accumulator's dtype, and the rest in float64.
+    return value, magnitude, 36 if kernel else 3 + _pairwise_roundings(num_terms)
+
+
+def difference_dots(updates: Any, others: Any, where: Any = None, kernel: bool = False) -> Any:
+    value, magnitude, roundings = _difference_dots(updates, others, kernel)
+    present = np.ones(len(value), bool) if where is None else np.asarray(where)
+    pairs = np.outer(present, present) & ~np.eye(len(value), dtype=bool)
+    dtype = accumulator_of(*leaves_of(updates))
+    # A difference of small numbers may lose what the products of large ones do not: a rounding of each factor.
+    return Expected(np.where(pairs, value, 0), np.where(pairs, magnitude, 0), roundings, dtype, dtype)
+
+
+def pairwise_squared_distances(updates: Any, where: Any = None, kernel: bool = False) -> Any:
+    value, _, roundings = _difference_dots(updates, updates, kernel)
+    value[np.isnan(value)] = np.inf
+    np.fill_diagonal(value, 0)
+    if where is not None:
+        value[~np.asarray(where)] = value[:, ~np.asarray(where)] = np.inf
+    dtype = accumulator_of(*leaves_of(updates))
+    return Expected(value, value, roundings, dtype, dtype)
+
+
+@quiet
+def mix_clients(updates: Any, mixing: Any) -> Any:
+    results, coefficients = [], widened(mixing)
+    for leaf in leaves_of(updates):
+        value, magnitude = np.zeros((2, len(coefficients), *leaf.shape[1:]))
+        for row, client in zip(*np.nonzero(coefficients), strict=True):  # 0 times NaN does not happen
+            term = coefficients[row, client] * widened(leaf)[client]
+            value[row], magnitude[row] = value[row] + term, magnitude[row] + abs(term)
+        results.append((value, magnitude, len(leaf) + 2))
+    return _finish(updates, results)
+
+
+@quiet
+def step_toward_clients(updates: Any, center: Any, weights: Any, where: Any = None, kernel: bool = False) -> Any:
+    present = np.ones(len(weights), bool) if where is None else np.asarray(where)
+    taken = np.flatnonzero(present & (widened(weights) != 0))
+    results, squares, slack, num_terms = [], np.zeros(len(weights)), np.zeros(len(weights)), 0
+    for leaf, start in zip(leaves_of(updates), leaves_of(center), strict=True):
+        rows, start = widened(leaf), widened(start)
+        terms = widened(weights)[taken].reshape((-1,) + (1,) * start.ndim) * (rows[taken] - start)
+        end, magnitude = start + terms.sum(0), abs(start) + (abs(terms)).sum(0)
+        results.append((end, magnitude, len(terms) + 4))
+        differences = (rows - end).reshape(len(rows), math.prod(end.shape))
+        squares, num_terms = squares + (differences**2).sum(1), num_terms + differences.shape[1]
+        # The end is only known to so many roundings, and the distance from it therefore too.
+        slack = slack + (len(terms) + 5) * np.broadcast_to(magnitude, start.shape).sum()
+    distances = np.sqrt(squares)
+    distances[~np.isfinite(distances)] = np.inf
+    distances, slack = np.where(present, distances, 0), np.where(present & np.isfinite(distances), slack, 0)
+    roundings = 8 if kernel else 4 + _pairwise_roundings(num_terms)
+    dtype = accumulator_of(*leaves_of(updates))
+    expected = Expected(distances, distances + slack / roundings, roundings, dtype, dtype)
+    return _finish(updates, results), expected
 
 
 # --- Private --------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from operations import CASES, Kind, Problem, has_kernel, to_jax
 from test_battery import assert_close, assert_same_bits
 
+from fedfuse_jax import _primitive
+
 SHAPES = (("kernel", (8, 4)), ("wide", (12,)), ("bias", ()))
 PROBLEM = Problem(n_clients=8, shapes=SHAPES, values="apart")
 
@@ -49,6 +51,7 @@ class Layout:
             Kind.STACKED: P(self.clients, *parameters),
             Kind.WEIGHTS: P(self.clients),
             Kind.WHERE: P(self.clients),
+            Kind.MIXING: P(None, self.clients),
         }.get(kind, P(*parameters))
 
     def specs(self, case, values):
@@ -93,7 +96,7 @@ def check_collectives(text, case, layout):
     found = hlo.collectives(text)
     if layout.clients is None:
         assert found == dict.fromkeys(case.row.collectives, 1)
-    elif not case.row.order_statistic and "selected" not in case.row.operation and case.row.public:
+    elif "clients" not in _primitive.OPERATIONS[case.row.operation]._whole_axes and case.row.public:
         assert set(found) <= {"all-reduce"}
 
 

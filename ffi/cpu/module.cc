@@ -48,6 +48,7 @@ FEDFUSE_HANDLER(accumulate_weighted, AccumulateProblem, read_accumulate);
 FEDFUSE_HANDLER(stack_clients, StackProblem, read_stack);
 FEDFUSE_HANDLER(coordinate_median, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
+FEDFUSE_HANDLER(mean_around_median, TrimmedMeanProblem, read_mean_around_median);
 FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
 FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
 
@@ -62,6 +63,7 @@ constexpr NamedHandler kHandlers[] = {
     {"stack_clients", stack_clients},
     {"coordinate_median", coordinate_median},
     {"trimmed_mean", trimmed_mean},
+    {"mean_around_median", mean_around_median},
     {"selected_mean", selected_mean},
     {"spread_to_selected", spread_to_selected},
 };
