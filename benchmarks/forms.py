@@ -181,6 +181,34 @@ def backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[...
     return pull_back
 
 
+def natural_clipped_sum(updates: Array, weights: Array, max_norm: float) -> Array:
+    """What one writes first: scale every client, then add."""
+    wide_updates = updates.astype(jnp.float32)
+    norms = jnp.linalg.norm(wide_updates, axis=1)
+    clipped = wide_updates * jnp.minimum(1, max_norm / norms)[:, None]
+    return jnp.sum(weights[:, None] * clipped, axis=0)
+
+
+def best_clipped_sum(updates: Array, weights: Array, max_norm: float) -> Array:
+    """Norms and sum as contractions, the factor on the weights."""
+    squares = jnp.einsum("nd,nd->n", updates, updates, preferred_element_type=jnp.float32)
+    return (weights * jnp.minimum(1, max_norm / jnp.sqrt(squares))) @ updates.astype(jnp.float32)
+
+
+def adam_step(params: Any, first: Any, second: Any, delta: Any, numpy: Any) -> tuple[Any, ...]:
+    """One step of FedAdam as published; ``numpy`` is the library of that kind."""
+    first = 0.9 * first + (1 - 0.9) * delta
+    second = 0.99 * second + (1 - 0.99) * delta * delta
+    return params + 0.1 * first / (numpy.sqrt(second) + 1e-3), first, second
+
+
+def adam_rounds(params: Any, first: Any, second: Any, updates: Any, rounds: int, numpy: Any) -> tuple[Any, ...]:
+    """Several steps with the same updates."""
+    for _ in range(rounds):
+        params, first, second = adam_step(params, first, second, updates.mean(0), numpy)
+    return params, first, second
+
+
 # --- NumPy ----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +251,13 @@ def numpy_distances(updates: np.ndarray) -> np.ndarray:
     products = wide(updates) @ wide(updates).T
     squares = np.diagonal(products)
     return np.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+
+
+def numpy_clipped_sum(updates: np.ndarray, weights: np.ndarray, max_norm: float) -> np.ndarray:
+    """Two contractions."""
+    updates = wide(updates)
+    norms = np.sqrt(np.einsum("nd,nd->n", updates, updates))
+    return (weights * np.minimum(np.float32(1), np.float32(max_norm) / norms)) @ updates
 
 
 # --- PyTorch (tensors in, tensors out; imported by nobody but its user) -------------------------------------------
@@ -274,3 +309,20 @@ def torch_stack(clients: Any) -> Any:
     import torch
 
     return torch.stack(clients)
+
+
+def torch_clipped_sum(updates: Any, weights: Any, max_norm: float) -> Any:
+    """Norms, then one product with the weights."""
+    updates = updates.float()
+    return (weights * (max_norm / updates.norm(dim=1)).clamp(max=1)) @ updates
+
+
+def torch_adam(rounds: int) -> Callable[..., Any]:
+    """FedAdam on tensors."""
+
+    def run(params: Any, first: Any, second: Any, updates: Any) -> Any:
+        import torch
+
+        return adam_rounds(params, first, second, updates.float(), rounds, torch)
+
+    return run

@@ -32,6 +32,7 @@ __all__ = [
     "replicated",
     "resharded",
     "threefry_bits",
+    "threefry_is_partitionable",
     "varying_axes",
     "with_sharding_of",
     "zero_tangent",
@@ -75,6 +76,11 @@ def as_varying(value: Any, axes: frozenset[Any]) -> Any:
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(value, missing, to="varying")
     return jax.lax.pvary(value, missing)  # type: ignore[attr-defined]  # JAX < 0.9
+
+
+def threefry_is_partitionable() -> bool:
+    """Whether JAX counts the elements of a random array by their index, as our kernels do."""
+    return bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
 
 
 def threefry_bits(key: Any, high: Any, low: Any) -> Any:

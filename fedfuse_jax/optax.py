@@ -213,7 +213,7 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         good = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)])
 
-        def step_leaf(gradient: Any, first: Any, second: Any) -> tuple[Any, Any, Any]:
+        def step_leaf(gradient: Any, first: Any, second: Any) -> tuple[Any, ...]:
             scalars = [jnp.asarray(scalar, first.dtype) for scalar in (rate, b1, b2, tau)]
             delta = jnp.where(good, -gradient.astype(first.dtype), 0)
             move, *moments = reference.server_step(rule, jnp.zeros_like(first), first, second, delta, *scalars)
@@ -223,7 +223,7 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
         leaves, structure = jax.tree.flatten(gradients)
         moments = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment)]
         stepped = [step_leaf(*each) for each in zip(leaves, *moments, strict=True)]
-        trees = [structure.unflatten(part) for part in zip(*stepped, strict=True)]
+        trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
         return trees[0], ServerState(state.step + good.astype(np.int32), *trees[1:])
 
     return optax.GradientTransformation(functools.partial(init_server_state, tau=tau), update)

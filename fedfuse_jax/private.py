@@ -295,7 +295,7 @@ def _bind(
         key = checks.random_key(name, key)
         operands["stddev"] = checks.bounded_scalar(name, "stddev", stddev, dtype)
         operands["blocks"] = None
-    made_in_kernel = noise and _is_threefry(key) and bool(jax.config.jax_threefry_partitionable)
+    made_in_kernel = noise and _is_threefry(key) and internals.threefry_is_partitionable()
     if noise and made_in_kernel:
         keys = jnp.stack(reference.leaf_keys(key, len(leaves.arrays)))
         operands["keys"] = jax.random.key_data(keys)

@@ -451,12 +451,11 @@ def add_noise(totals: PyTree, key: Array, stddev: Array) -> PyTree:
     """Adds ``stddev`` times float32 normals to each leaf, ``jax.random.normal``'s own."""
     leaves, structure = jax.tree.flatten(totals)
     keys = leaf_keys(key, len(leaves))
-    return structure.unflatten(
-        [
-            leaf + jnp.asarray(stddev, leaf.dtype) * jax.random.normal(k, leaf.shape, np.float32).astype(leaf.dtype)
-            for leaf, k in zip(leaves, keys, strict=True)
-        ]
-    )
+    noisy = [
+        leaf + jnp.asarray(stddev, leaf.dtype) * jax.random.normal(k, leaf.shape, np.float32).astype(leaf.dtype)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
 
 
 def noisy_weighted_sum(
@@ -565,7 +564,7 @@ def server_update(
     leaves, structure = jax.tree.flatten(params)
     others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment, delta)]
     stepped = [step_leaf(*each) for each in zip(leaves, *others, strict=True)]
-    trees = [structure.unflatten(part) for part in zip(*stepped, strict=True)]
+    trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
     return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
 
 

@@ -409,7 +409,7 @@ def _update(
 def _check_state(name: str, state: Any, params: checks.Leaves) -> tuple[Array, list[list[Array]]]:
     """The step and the leaves of both moments of a state that fits the parameters."""
     needed = "a ServerState of init_server_state(params)"
-    if not isinstance(state, tuple) or len(state) != 3 or not hasattr(state, "first_moment"):
+    if not isinstance(state, ServerState):
         raise TypeError(f"{name}: state is {checks.describe(state)}; it needs {needed}.")
     step = checks.as_array(name, "state.step", state.step, "an int32 scalar")
     if step.dtype != np.int32:
@@ -479,8 +479,9 @@ def _compose(
 
 def _jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
     """The derivative of the composition, along the arguments that have a tangent."""
-    leaves, structure = jax.tree.flatten(primals, is_leaf=lambda x: x is None)
-    slopes = structure.flatten_up_to(tangents)
+    is_none = lambda x: x is None  # noqa: E731
+    leaves, structure = jax.tree.flatten(primals, is_leaf=is_none)
+    slopes = jax.tree.leaves(tangents, is_leaf=is_none)
     moving = [i for i, slope in enumerate(slopes) if slope is not None]
 
     def mean(operands: Operands, dtypes: tuple[str, ...]) -> list[Array]:
@@ -492,7 +493,7 @@ def _jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array |
         for i, value in zip(moving, moved, strict=True):
             merged[i] = value
         rule = reference.SERVER_RULES[call.layout.attribute("rule")]
-        return _compose(structure.unflatten(merged), rule, call.batch_dims, mean)[1:]
+        return _compose(jax.tree.unflatten(structure, merged), rule, call.batch_dims, mean)[1:]
 
     _, out = jax.jvp(compose, [leaves[i] for i in moving], [slopes[i] for i in moving])
     assert call.results is not None
@@ -532,16 +533,16 @@ def _definition(
 
 
 def _workspace(sizes: Any, layout: Any) -> Any:
-    """The mean, at 8 bytes a coordinate at most, and whether it is finite; see ffi/contract/server.h."""
-    coordinates = 0
+    """The mean, in the moments' dtypes, and whether it is finite; see ffi/contract/server.cc."""
+    alignment = 64
+    bytes_of_batch = alignment
     for leaf in range(layout.num_leaves):
         of_leaf = 1
         for axis, size in sizes.items():
             if axis.startswith(f"leaf{leaf}."):
                 of_leaf = of_leaf * size
         itemsize = np.dtype(layout.out_dtypes[1 + layout.num_leaves + leaf]).itemsize
-        coordinates = coordinates + of_leaf * itemsize
-    bytes_of_batch = coordinates + 8
+        bytes_of_batch = bytes_of_batch + of_leaf * itemsize + alignment
     for i in range(layout.batch_dims):
         bytes_of_batch = bytes_of_batch * sizes[f"batch{i}"]
     return bytes_of_batch

@@ -381,7 +381,6 @@ ROWS = (
         oracle=functools.partial(in_float64("clipped_weighted_sum", oracle.clipped_weighted_sum), return_norms=True),
         arguments={"updates": Kind.STACKED, "weights": Kind.WEIGHTS, "max_norm": Kind.BOUND, "where": Kind.WHERE},
         variants=((), ("where",)),
-        linear=("weights",),
         differentiable=("updates", "weights", "max_norm"),
         coordinate_wise=False,
         withstands_overflow=True,

@@ -31,6 +31,9 @@ struct FiniteClientsProblem {
   View finite;                // (clients) of bool
 };
 
+// The first block of each leaf, and one past the last.
+std::vector<std::int64_t> reduction_blocks(const Shape& shape);
+
 std::string read_squared_norms(const Call& call, ClientDotsProblem* problem);
 std::string read_client_dots(const Call& call, ClientDotsProblem* problem);
 std::string read_finite_clients(const Call& call, FiniteClientsProblem* problem);

@@ -7,7 +7,9 @@
 
 #include "contract/types.h"
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/noise.h"
 #include "cpu/kernels/order_statistics.h"
+#include "cpu/kernels/server.h"
 
 namespace fedfuse {
 
@@ -16,6 +18,8 @@ struct Kernels {
   // By Type, floating types only.
   const LinearKernels* linear[kNumTypes];
   const OrderStatisticKernels* order_statistics[kNumTypes];
+  const NoiseKernels* noise;
+  const ServerKernels* server_rules;
 };
 
 // The best set this processor supports, unless choose_isa() said otherwise.

@@ -51,6 +51,14 @@ FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(mean_around_median, TrimmedMeanProblem, read_mean_around_median);
 FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
 FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
+FEDFUSE_HANDLER(client_norms, ClientNormsProblem, read_client_norms);
+FEDFUSE_HANDLER(clipped_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(noisy_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(clipped_noisy_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(fedavgm_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedadagrad_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedadam_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedyogi_weighted_update, ServerUpdateProblem, read_server_update);
 
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
@@ -66,6 +74,14 @@ constexpr NamedHandler kHandlers[] = {
     {"mean_around_median", mean_around_median},
     {"selected_mean", selected_mean},
     {"spread_to_selected", spread_to_selected},
+    {"client_norms", client_norms},
+    {"clipped_weighted_sum", clipped_weighted_sum},
+    {"noisy_weighted_sum", noisy_weighted_sum},
+    {"clipped_noisy_weighted_sum", clipped_noisy_weighted_sum},
+    {"fedavgm_weighted_update", fedavgm_weighted_update},
+    {"fedadagrad_weighted_update", fedadagrad_weighted_update},
+    {"fedadam_weighted_update", fedadam_weighted_update},
+    {"fedyogi_weighted_update", fedyogi_weighted_update},
 };
 
 }  // namespace

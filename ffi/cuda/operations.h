@@ -8,7 +8,9 @@
 
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
+#include "contract/private.h"
 #include "contract/reductions.h"
+#include "contract/server.h"
 #include "contract/streaming.h"
 #include "cuda/team.h"
 
@@ -24,6 +26,9 @@ std::string enqueue(const ClientDotsProblem& problem, Stream stream);
 std::string enqueue(const FiniteClientsProblem& problem, Stream stream);
 std::string enqueue(const AccumulateProblem& problem, Stream stream);
 std::string enqueue(const StackProblem& problem, Stream stream);
+std::string enqueue(const ClientNormsProblem& problem, Stream stream);
+std::string enqueue(const PrivateSumProblem& problem, Stream stream);
+std::string enqueue(const ServerUpdateProblem& problem, Stream stream);
 
 }  // namespace cuda
 }  // namespace fedfuse
