@@ -308,10 +308,12 @@ def _bind(
     dtypes = checks.result_dtypes(name, leaves.arrays, None)
     attributes = {"divide": False} if operation is WEIGHTED_SUM else _attributes(operation)
     results = operation.bind(operands, (*([dtype.name] if clip else []), *dtypes), **attributes)
-    total = leaves.unflatten(results[1:] if clip else results)
+    total, norms = leaves.unflatten(results[1:] if clip else results), results[0]
+    if clip and axis_name is not None:
+        norms = operands["given_norms"]  # the same ones, and known to be the same on every device
     if noise and not made_in_kernel:
         total = reference.add_noise(total, key, operands["stddev"])
-    return (total, results[0]) if return_norms else total
+    return (total, norms) if return_norms else total
 
 
 def _is_threefry(key: Array) -> bool:
@@ -568,11 +570,10 @@ def _jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array |
 
 def _noise_alone(call: BoundCall, primals: Operands, dtypes: Sequence[str]) -> list[Array]:
     """The call's noise at a standard deviation of 1: that of a sum of nothing."""
+    assert call.results is not None
     batch = (1,) * call.batch_dims
-    nothing = [
-        jnp.zeros((*batch, 1, *update.shape[call.batch_dims + 1 :]), dtype)
-        for update, dtype in zip(primals["updates"], dtypes, strict=True)
-    ]
+    # Sharded as the results are, so that every device makes the noise of its own coordinates here too.
+    nothing = [jnp.zeros_like(call.over_clients(total)) for total in call.results[-call.layout.num_leaves :]]
     dtype = reference.accumulator_dtype(*dtypes)
     operands = {
         "updates": nothing,

@@ -554,7 +554,8 @@ def server_update(
         return leaf.astype(first.dtype)
 
     delta = jax.tree.map(narrowed, delta, state.first_moment)
-    good = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(delta)], someone)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(delta)]
+    good = functools.reduce(jnp.logical_and, finite, someone)
 
     def step_leaf(param: Array, first: Array, second: Array, leaf: Array) -> tuple[Array, Array, Array]:
         scalars = [jnp.asarray(scalar, first.dtype) for scalar in (learning_rate, b1, b2, tau)]

@@ -205,6 +205,14 @@ RIGHT_ALL_THE_SAME = {
     "client_dots": rf"operand [0123] of float16|{LARGER}",
     "selected_mean": rf"result [01] of float16|{TRIM}",
     "spread_to_selected": rf"operand [23] of float16|{TRIM}",
+    "client_norms": rf"{LEAVES}|{ANY_SHAPE}|result 1 of shape \((160, 2|1, 160|161,)\)",
+    "clipped_weighted_sum": r"operand [01] of float16|result 3 of shape \((240, 2|1, 240|241,)\)",
+    "noisy_weighted_sum": r"operand [01] of float16",
+    "clipped_noisy_weighted_sum": r"operand [01] of float16|result 3 of shape \((240, 2|1, 240|241,)\)",
+    **dict.fromkeys(
+        [f"fed{rule}_weighted_update" for rule in ("avgm", "adagrad", "adam", "yogi")],
+        r"operand [78] of float16|attribute rule = np.int32\([0123]\)|result 7 of shape \(.*\)",
+    ),
 }
 
 

@@ -213,6 +213,21 @@ def test_every_device_makes_the_noise_of_its_own_coordinates(mesh_shape, specs, 
             np.testing.assert_allclose(got[name], wanted[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30, 1e37])
+def test_sharded_norms_of_any_size(scale):
+    """Devices add up parts of squared norms: those leave the range of float32 long before the norms do."""
+    updates = jax.random.normal(jax.random.key(0), (5, 16)) * scale
+    updates = updates.at[1, 3].set(jnp.nan).at[2, 0].set(jnp.inf).at[3].set(0).at[4].mul(1e-3)
+    weights = jnp.array([1.0, 1.0, 1.0, 1.0, -2.0])
+    wanted, norms = ff.clipped_weighted_sum(updates, weights, scale, return_norms=True)
+    mesh = jax.make_mesh((4,), ("a",), (AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(updates, NamedSharding(mesh, P(None, "a")))
+        got, got_norms = jax.jit(lambda x: ff.clipped_weighted_sum(x, weights, scale, return_norms=True))(sharded)
+    np.testing.assert_allclose(got_norms, norms, rtol=1e-6)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6 * scale)
+
+
 def test_noise_of_sharded_clients_is_added_once():
     updates, weights = jax.random.normal(jax.random.key(1), (8, 12)), jnp.ones(8)
     mesh = jax.make_mesh((4,), ("a",), (AxisType.Auto,))

@@ -17,14 +17,6 @@ std::string read_rest(Reader* reader, ClientDotsProblem* problem) {
 
 }  // namespace
 
-std::vector<std::int64_t> reduction_blocks(const Shape& shape) {
-  std::vector<std::int64_t> first_block = {0};
-  for (std::int64_t coordinates : shape.coordinates) {
-    first_block.push_back(first_block.back() + (coordinates + kReductionBlock - 1) / kReductionBlock);
-  }
-  return first_block;
-}
-
 std::string read_squared_norms(const Call& call, ClientDotsProblem* problem) {
   Reader reader(call);
   problem->updates = reader.operand_leaves("updates", Axis::kClients);
