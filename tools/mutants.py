@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fedfuse_jax", "ffi", "tests", "benchmarks", "tools", "CMakeLists.txt", "pyproject.toml")
 TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts as caught
 
-LINEAR, ORDER = "linear", "order statistics"
+LINEAR, ORDER, ADAPTERS = "linear", "order statistics", "adapters"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -38,6 +38,7 @@ ORDER_SIZES = ("tests/test_order_statistics.py",)
 NETWORKS = ("tests/test_networks.py",)
 NATIVE = ("tests/test_export.py", "-k", "wrong_buffers")
 ERRORS = ("tests/test_errors.py",)
+FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -75,6 +76,9 @@ REDUCTIONS, STREAMING, READER = "ffi/cpu/reductions.cc", "ffi/cpu/streaming.cc",
 ORDER_KERNEL, ORDER_TILES = "ffi/cpu/kernels/order_statistics_impl.h", "ffi/cpu/order_statistics.cc"
 RADIX, NETWORK_TILE = "ffi/cpu/kernels/radix_select.h", "ffi/cpu/kernels/network_tile.h"
 KEYS, GENERATOR = "ffi/math/ordered_keys.h", "ffi/math/networks.py"
+PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
+SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
+BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
 
 MUTANTS = (
     # --- Linear operations: definitions -------------------------------------------------------------------------
@@ -225,6 +229,35 @@ MUTANTS = (
            "comparators between the wrong wires", NETWORKS),
     Mutant(ORDER, GENERATOR, "wants[low] = wants[high] = Want.VALUE", "wants[low] = Want.VALUE",
            "prunes what is needed", NETWORKS),
+    # --- Adapters -----------------------------------------------------------------------------------------------
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return mixed, _finite(updates, where), state", "return mixed, where, state",
+           "rows of nobody take part after mixing", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "bucket_size < num_clients, later", "bucket_size < num_clients, key",
+           "the same buckets in every round", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return finite if where is None else finite & where", "return finite",
+           "rows of nobody come back after a second pre-aggregator", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/order_statistics.py",
+           "trim_count = jnp.maximum(trim_count - jnp.sum(~where, dtype=jnp.int32), 0)", "pass",
+           "whoever has been found out is trimmed once more", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/robust.py",
+           "jnp.zeros(leaf.shape[1:], leaf.dtype)", "jnp.ones(leaf.shape[1:], leaf.dtype)",
+           "centered clipping begins at 1", FEDJAX_RULES),
+    Mutant(ADAPTERS, STACKING, "return _with_dtypes_of(result, updates), (*after, state)",
+           "return _with_dtypes_of(result, updates), (*before, state)",
+           "pre-aggregators forget their states", FEDJAX_RULES),
+    Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
+           "too many bad clients, and no NaN", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",
+           "neighbor_scores(vectors, self.f, 1)", "one neighbour", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "reshape(num_subsets, f)[::-1]", "reshape(num_subsets, f)",
+           "of several subsets the last, not the first", COMPAT),
+    Mutant(ADAPTERS, "fedfuse_jax/compat/byzfl/preaggregators.py",
+           "int(2 * self.f / n * (n - self.f)) - 1]", "int(2 * self.f / n * (n - self.f))]",
+           "clips to the least norm that is clipped", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "neighbor_scores(updates, f, max(1, n - f - 2))",
+           "neighbor_scores(updates, f, n - f - 2)", "no neighbour where Flower has one", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "where=lowest(_scores(self, updates), n - 2 * f)", "where=None",
+           "Bulyan without a selection", COMPAT),
 )  # fmt: skip
 
 
