@@ -30,6 +30,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
+ADAPTERS = "adapters"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -42,6 +43,7 @@ SENSITIVITY = ("tests/test_private.py", "-k", "one_client or lone or float64 or 
 NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counters or generators")
 ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
 ROUNDS = ("tests/test_server.py",)
+FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -84,6 +86,9 @@ PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
 CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
 EXECUTOR = "ffi/cpu/executor.cc"
+PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
+SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
+BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
 
 MUTANTS = (
     # --- Linear operations: definitions -------------------------------------------------------------------------
@@ -331,6 +336,35 @@ MUTANTS = (
            battery("eager", "fedyogi")),
     Mutant(SERVER, SERVER_RULES, "(square_root(second) + rates.tau)", "square_root(second + rates.tau)",
            "tau under the root", battery("eager", "fedadagrad")),
+    # --- Adapters -----------------------------------------------------------------------------------------------
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return mixed, _finite(updates, where), state", "return mixed, where, state",
+           "rows of nobody take part after mixing", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "bucket_size < num_clients, later", "bucket_size < num_clients, key",
+           "the same buckets in every round", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return finite if where is None else finite & where", "return finite",
+           "rows of nobody come back after a second pre-aggregator", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/order_statistics.py",
+           "trim_count = jnp.maximum(trim_count - jnp.sum(~where, dtype=jnp.int32), 0)", "pass",
+           "whoever has been found out is trimmed once more", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/robust.py",
+           "jnp.zeros(leaf.shape[1:], leaf.dtype)", "jnp.ones(leaf.shape[1:], leaf.dtype)",
+           "centered clipping begins at 1", FEDJAX_RULES),
+    Mutant(ADAPTERS, STACKING, "return _with_dtypes_of(result, updates), (*after, state)",
+           "return _with_dtypes_of(result, updates), (*before, state)",
+           "pre-aggregators forget their states", FEDJAX_RULES),
+    Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
+           "too many bad clients, and no NaN", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",
+           "neighbor_scores(vectors, self.f, 1)", "one neighbour", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "reshape(num_subsets, f)[::-1]", "reshape(num_subsets, f)",
+           "of several subsets the last, not the first", COMPAT),
+    Mutant(ADAPTERS, "fedfuse_jax/compat/byzfl/preaggregators.py",
+           "int(2 * self.f / n * (n - self.f)) - 1]", "int(2 * self.f / n * (n - self.f))]",
+           "clips to the least norm that is clipped", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "neighbor_scores(updates, f, max(1, n - f - 2))",
+           "neighbor_scores(updates, f, n - f - 2)", "no neighbour where Flower has one", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "where=lowest(_scores(self, updates), n - 2 * f)", "where=None",
+           "Bulyan without a selection", COMPAT),
 )  # fmt: skip
 
 
