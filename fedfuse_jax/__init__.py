@@ -10,6 +10,14 @@
 
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
+from fedfuse_jax.compressed import (
+    hadamard_rotation,
+    inverse_hadamard_rotation,
+    quantize,
+    quantized_weighted_sum,
+    topk_sparse_weighted_sum,
+    topk_sparsify,
+)
 from fedfuse_jax.reduce import (
     accumulate_weighted,
     export_checks,
@@ -28,10 +36,16 @@ __all__ = [
     "coordinate_median",
     "export_checks",
     "finite_clients",
+    "hadamard_rotation",
+    "inverse_hadamard_rotation",
+    "quantize",
+    "quantized_weighted_sum",
     "reference",
     "show_versions",
     "squared_norms",
     "stack_clients",
+    "topk_sparse_weighted_sum",
+    "topk_sparsify",
     "trimmed_mean",
     "weighted_mean",
     "weighted_sum",

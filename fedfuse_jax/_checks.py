@@ -146,3 +146,36 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least {minimum}.")
     return int(value)
+
+
+def prng_key(operation: str, argument: str, key: Any) -> Array:
+    """One typed key, or a raw ``uint32[2]`` (which is Threefry's), as a typed key."""
+    needed = "one JAX key: jax.random.key(…), or a raw uint32[2] such as jax.random.PRNGKey(…)"
+    if is_key_array(key):
+        if key.shape != ():
+            raise ValueError(f"{operation}: {argument} is {describe(key)}; it needs {needed}.")
+        return key
+    array = as_array(operation, argument, key, needed)
+    if array.dtype != np.uint32:
+        raise TypeError(f"{operation}: {argument} is {describe(array)}; it needs {needed}.")
+    if array.shape != (2,):
+        raise ValueError(f"{operation}: {argument} is {describe(array)}; it needs {needed}.")
+    return jax.random.wrap_key_data(array, impl="threefry2x32")
+
+
+def matrix_per_client(operation: str, argument: str, value: Any, n_clients: Any, kind: Any, needed: str) -> Array:
+    """A ``(n_clients, any)`` array whose dtype is of a ``kind`` such as ``jnp.integer``, called ``needed``."""
+    array = as_array(operation, argument, value, needed)
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs {needed}.")
+    if array.ndim != 2 or (n_clients is not None and array.shape[0] != n_clients):
+        raise ValueError(f"{operation}: {argument} has shape {array.shape}; it needs {needed}.")
+    if array.shape[0] == 0:
+        raise ValueError(f"{operation}: {argument} has no clients ({describe(array)}); it needs one at least.")
+    return array
+
+
+def supported_float(operation: str, argument: str, array: Array) -> None:
+    """Refuses the floating dtypes that no kernel knows."""
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs one of {FLOAT_DTYPES}.")

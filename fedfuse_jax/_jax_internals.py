@@ -25,6 +25,7 @@ __all__ = [
     "batching",
     "custom_partitioning",
     "explicit_axes",
+    "flattened",
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
@@ -91,6 +92,20 @@ def resharded(value: Any, mesh: Any, spec: Any) -> Any:
     if not explicit_axes(mesh) or (sharding.mesh == mesh and sharding.spec == spec):
         return value
     return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+
+def flattened(value: Any) -> Any:
+    """``value`` as a vector, sharded as its axes are where types say so (of merged axes, the leading ones at most)."""
+    sharding = jax.typeof(value).sharding
+    if not explicit_axes(sharding.mesh):
+        return value.reshape(-1)
+    names = [name for entry in sharding.spec if entry is not None for name in _as_tuple(entry)]
+    spec = jax.sharding.PartitionSpec(tuple(names) or None)
+    return jax.numpy.reshape(value, -1, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _as_tuple(entry: Any) -> tuple[Any, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def with_sharding_of(aval: Any, value: Any) -> Any:

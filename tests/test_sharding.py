@@ -31,6 +31,9 @@ differentiable_case = pytest.mark.parametrize("case", [case for case in FULL if 
 both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 
 
+ROWS_OF_CLIENTS = (Kind.WEIGHTS, Kind.WHERE, Kind.ENTRIES, Kind.INDICES, Kind.CODES, Kind.LEVELS, Kind.FACTORS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     mesh_shape: tuple[int, ...]
@@ -42,8 +45,7 @@ class Layout:
         parameters = {"kernel": self.kernel, "wide": self.wide}.get(leaf, ())
         return {
             Kind.STACKED: P(self.clients, *parameters),
-            Kind.WEIGHTS: P(self.clients),
-            Kind.WHERE: P(self.clients),
+            **dict.fromkeys(ROWS_OF_CLIENTS, P(self.clients)),
         }.get(kind, P(*parameters))
 
     def specs(self, case, values):
@@ -207,7 +209,7 @@ def result_specs(case, layout, values):
         return P()
     results = jax.eval_shape(case.call, *to_jax(values))
     kind = Kind.STACKED if case.row.operation in ("stack_clients", "spread_to_selected") else Kind.CLIENT
-    return jax.tree_util.tree_map_with_path(lambda path, _: layout.spec(kind, path[-1].key), results)
+    return jax.tree_util.tree_map_with_path(lambda path, _: layout.spec(kind, path[-1].key if path else None), results)
 
 
 PUBLIC = [case for case in FULL if case.row.public]

@@ -30,6 +30,10 @@ class Reader {
   View operand(const char* name, Axis axis, std::initializer_list<Type> types);
   View result(const char* name, Axis axis, std::initializer_list<Type> types);
 
+  // The same, with any further dimensions: a kernel knows how many elements there are, and what they mean.
+  View flat_operand(const char* name, Axis axis, std::initializer_list<Type> types);
+  View flat_result(const char* name, Axis axis, std::initializer_list<Type> types);
+
   // The next operands or results, one per leaf, of floating types.
   std::vector<View> operand_leaves(const char* name, Axis axis);
   std::vector<View> result_leaves(const char* name, Axis axis);
@@ -39,6 +43,11 @@ class Reader {
 
   // Views that need to have the same type.
   void same_types(const char* name, const std::vector<View>& views, const std::vector<View>& models);
+
+  // Whatever else needs to hold.
+  void require(bool condition, const std::string& message) {
+    if (!condition) fail(message);
+  }
 
   const Shape& shape() const { return shape_; }
 

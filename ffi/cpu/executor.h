@@ -8,7 +8,8 @@
 namespace fedfuse {
 
 // Starts `work` and returns at once, or when it is done if it is too small to share. The calling thread takes its part
-// of the tasks; it never waits for others, since it may itself be one of the pool's threads.
+// of the tasks. It may itself be one of the pool's threads, so nobody ever waits for a task that is not running yet:
+// between two stages, only until other threads have done the ones they are at.
 xla::ffi::Future execute(xla::ffi::ThreadPool& pool, Work work);
 
 // A future that has failed already.

@@ -8,6 +8,7 @@
 #include "contract/types.h"
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/order_statistics.h"
+#include "cpu/kernels/quantized.h"
 
 namespace fedfuse {
 
@@ -16,6 +17,8 @@ struct Kernels {
   // By Type, floating types only.
   const LinearKernels* linear[kNumTypes];
   const OrderStatisticKernels* order_statistics[kNumTypes];
+  // By the accumulator (float32, float64), each by Codes.
+  const QuantizedKernels* quantized[2];
 };
 
 // The best set this processor supports, unless choose_isa() said otherwise.
@@ -31,6 +34,10 @@ inline const LinearKernels& linear_kernels(Type type) { return *kernels().linear
 
 inline const OrderStatisticKernels& order_statistic_kernels(Type type) {
   return *kernels().order_statistics[static_cast<int>(type)];
+}
+
+inline const QuantizedKernels& quantized_kernels(Type accumulator, Codes codes) {
+  return kernels().quantized[accumulator == Type::kFloat64][static_cast<int>(codes)];
 }
 
 }  // namespace fedfuse

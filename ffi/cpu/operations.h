@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "contract/compressed.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/reductions.h"
@@ -21,6 +22,11 @@ Work cut(std::shared_ptr<const ClientDotsProblem> problem);
 Work cut(std::shared_ptr<const FiniteClientsProblem> problem);
 Work cut(std::shared_ptr<const AccumulateProblem> problem);
 Work cut(std::shared_ptr<const StackProblem> problem);
+Work cut(std::shared_ptr<const SparseSumProblem> problem);
+Work cut(std::shared_ptr<const SparseSpreadProblem> problem);
+Work cut(std::shared_ptr<const SparseDotsProblem> problem);
+Work cut(std::shared_ptr<const QuantizedSumProblem> problem);
+Work cut(std::shared_ptr<const QuantizedDotsProblem> problem);
 
 }  // namespace fedfuse
 

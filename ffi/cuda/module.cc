@@ -49,6 +49,11 @@ FEDFUSE_HANDLER(coordinate_median, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
 FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
+FEDFUSE_HANDLER(topk_sparse_weighted_sum, SparseSumProblem, read_sparse_sum);
+FEDFUSE_HANDLER(sparse_spread, SparseSpreadProblem, read_sparse_spread);
+FEDFUSE_HANDLER(sparse_dots, SparseDotsProblem, read_sparse_dots);
+FEDFUSE_HANDLER(quantized_weighted_sum, QuantizedSumProblem, read_quantized_sum);
+FEDFUSE_HANDLER(quantized_dots, QuantizedDotsProblem, read_quantized_dots);
 
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
@@ -63,6 +68,11 @@ constexpr NamedHandler kHandlers[] = {
     {"trimmed_mean", trimmed_mean},
     {"selected_mean", selected_mean},
     {"spread_to_selected", spread_to_selected},
+    {"topk_sparse_weighted_sum", topk_sparse_weighted_sum},
+    {"sparse_spread", sparse_spread},
+    {"sparse_dots", sparse_dots},
+    {"quantized_weighted_sum", quantized_weighted_sum},
+    {"quantized_dots", quantized_dots},
 };
 
 }  // namespace

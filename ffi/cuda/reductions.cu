@@ -2,35 +2,11 @@
 #include "cuda/clients.h"
 #include "cuda/elements.h"
 #include "cuda/operations.h"
+#include "cuda/reductions.h"
 
 namespace fedfuse {
 namespace cuda {
 namespace {
-
-constexpr int kReductionThreads = 256;
-
-// Adds what the threads have, as a fixed tree; the sum ends up in sums[0].
-template <typename Threads>
-FEDFUSE_DEVICE void add_up(double (&sums)[kReductionThreads], Threads& team) {
-  for (int distance = kReductionThreads / 2; distance > 0; distance /= 2) {
-    team.each([&](int thread, auto&) {
-      if (thread < distance) sums[thread] += sums[thread + distance];
-    });
-  }
-}
-
-// A task of these kernels: a tile of one client.
-struct ClientTile {
-  Tile tile;
-  std::int64_t client;
-};
-
-template <typename P>
-FEDFUSE_DEVICE ClientTile locate_client(const P& p, std::int64_t task, std::int64_t width) {
-  const std::int64_t row = task / p.tiles;  // (batch, client)
-  const std::int64_t batch = row / p.clients;
-  return {locate(p, batch * p.tiles + (task - row * p.tiles), width), row - batch * p.clients};
-}
 
 struct DotOptions {
   View where;
