@@ -1,8 +1,6 @@
 // Compiled once per instruction set; see simd.h.
 #include "cpu/kernels/quantized.h"
 
-#include <type_traits>
-
 #include "cpu/kernels/simd.h"
 
 namespace fedfuse {
@@ -15,7 +13,30 @@ constexpr int kSweepRows = 8;
 constexpr int kColumns = 16;
 
 typedef std::uint8_t Bytes16 __attribute__((vector_size(16)));
-typedef std::uint8_t Bytes8 __attribute__((vector_size(8)));
+typedef std::uint64_t Words2 __attribute__((vector_size(16)));
+
+// As many bytes as a vector has lanes, from the given group of them on, as integers. (What GCC 12 makes of a conversion
+// of vectors from bytes takes several times as long.)
+template <bool kSigned>
+FEDFUSE_INLINE Vector<std::int32_t> integers(Bytes16 bytes, int group) {
+#if defined(__AVX512F__)
+  static_cast<void>(group);  // there is one
+  const auto all = reinterpret_cast<__m128i>(bytes);
+  return reinterpret_cast<Vector<std::int32_t>>(kSigned ? _mm512_maskz_cvtepi8_epi32(0xffff, all)
+                                                        : _mm512_maskz_cvtepu8_epi32(0xffff, all));
+#elif defined(__AVX2__)
+  const auto all = reinterpret_cast<__m128i>(bytes);
+  const __m128i half = group == 0 ? all : _mm_unpackhi_epi64(all, all);
+  return reinterpret_cast<Vector<std::int32_t>>(kSigned ? _mm256_cvtepi8_epi32(half) : _mm256_cvtepu8_epi32(half));
+#else
+  Vector<std::int32_t> lanes;
+  for (int lane = 0; lane < kLanes<std::int32_t>; ++lane) {
+    const std::uint8_t byte = bytes[group * kLanes<std::int32_t> + lane];
+    lanes[lane] = kSigned ? static_cast<std::int8_t>(byte) : byte;
+  }
+  return lanes;
+#endif
+}
 
 template <typename Accumulator, Codes codes>
 struct Quantized {
@@ -29,23 +50,20 @@ struct Quantized {
 
   // Sixteen codes, one a byte.
   static FEDFUSE_INLINE Wide widened(Bytes16 bytes) {
-    using Byte = std::conditional_t<kSigned, std::int8_t, std::uint8_t>;
-    typedef Byte Narrow __attribute__((vector_size(kLanes<Accumulator>)));
-    typedef std::int32_t Middle __attribute__((vector_size(4 * kLanes<Accumulator>)));
-    Narrow narrow[kParts];
-    __builtin_memcpy(narrow, &bytes, sizeof bytes);
     Wide wide;
     for (int part = 0; part < kParts; ++part) {
-      wide.parts[part] = __builtin_convertvector(__builtin_convertvector(narrow[part], Middle), Vector<Accumulator>);
+      if constexpr (sizeof(Accumulator) == sizeof(std::int32_t)) {
+        wide.parts[part] = __builtin_convertvector(integers<kSigned>(bytes, part), Vector<Accumulator>);
+      } else {
+        const Vector<std::int32_t> both = integers<kSigned>(bytes, part / 2);
+        wide.parts[part] = __builtin_convertvector(half_of<std::int32_t>(both, part % 2 != 0), Vector<Accumulator>);
+      }
     }
     return wide;
   }
 
   // Halves of bytes, given in the low half of a byte each.
-  template <typename Bytes>
-  static FEDFUSE_INLINE Bytes with_sign(Bytes halves) {
-    return kSigned ? (halves ^ 8) - 8 : halves;
-  }
+  static FEDFUSE_INLINE Bytes16 with_sign(Bytes16 halves) { return kSigned ? (halves ^ 8) - 8 : halves; }
 
   // The sixteen codes from a coordinate on, which has to begin a byte.
   static FEDFUSE_INLINE Wide load_codes(const std::uint8_t* row, std::int64_t coordinate) {
@@ -54,11 +72,12 @@ struct Quantized {
       __builtin_memcpy(&bytes, row + coordinate, sizeof bytes);
       return widened(bytes);
     } else {
-      Bytes8 bytes;
-      __builtin_memcpy(&bytes, row + coordinate / 2, sizeof bytes);
-      const Bytes8 low = bytes & 15, high = bytes >> 4;
+      std::uint64_t word;
+      __builtin_memcpy(&word, row + coordinate / 2, sizeof word);
+      const Bytes16 bytes = reinterpret_cast<Bytes16>(Words2{word, 0});
+      const Bytes16 low = bytes & 15, high = bytes >> 4;
       return widened(
-          with_sign(__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)));
+          with_sign(__builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)));
     }
   }
 
