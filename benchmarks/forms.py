@@ -209,6 +209,76 @@ def adam_rounds(params: Any, first: Any, second: Any, updates: Any, rounds: int,
     return params, first, second
 
 
+# --- Compressed updates in jax.numpy ----------------------------------------------------------------------------
+
+
+def natural_sparse_sum(values: Any, indices: Any, weights: Any, room: Any) -> Any:
+    """One scatter-add of all clients' entries."""
+    return jnp.zeros(len(room)).at[indices].add(weights[:, None] * values.astype(jnp.float32))
+
+
+def best_sparse_sum(values: Array, indices: Array, weights: Array, room: Array) -> Array:
+    """A scan over the clients, each a scatter-add that is promised sorted, distinct indices."""
+
+    def add_client(total: Array, client: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        own, at, weight = client
+        terms = weight * own.astype(jnp.float32)
+        return total.at[at].add(terms, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"), None
+
+    return lax.scan(add_client, jnp.zeros(len(room)), (values, indices, weights))[0]
+
+
+def natural_quantized_sum(codes: Any, scales: Any, zero_points: Any, weights: Any) -> Any:
+    """Dequantise, weigh, sum."""
+    updates = scales[:, None] * (codes.astype(jnp.float32) - zero_points[:, None])
+    return jnp.sum(weights[:, None] * updates, axis=0)
+
+
+def best_quantized_sum(codes: Any, scales: Any, zero_points: Any, weights: Any) -> Any:
+    """A matrix product of the codes as floats, and one number for all the zero points."""
+    slopes = weights * scales
+    return slopes @ codes.astype(jnp.float32) - slopes @ zero_points
+
+
+def unpacked(function: Callable[..., Any], stack: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of 4-bit codes, two a byte."""
+
+    def of_halves(codes: Any, *rest: Any) -> Any:
+        halves = stack([codes & 15, codes >> 4], axis=-1)
+        return function(halves.reshape(len(codes), -1), *rest)
+
+    return of_halves
+
+
+def natural_topk(update: Array, k: int) -> tuple[Array, Array, Array]:
+    """``lax.top_k`` of the magnitudes."""
+    chosen = jnp.sort(lax.top_k(jnp.abs(update), k)[1])
+    wide_update = update.astype(jnp.float32)
+    return wide_update[chosen], chosen, wide_update.at[chosen].set(0)
+
+
+def _butterflies(vector: Array) -> Array:
+    """The textbook's Walsh-Hadamard transform: log d passes of sums and differences."""
+    half = 1
+    while half < len(vector):
+        pairs = vector.reshape(-1, 2, half)
+        vector = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(-1)
+        half *= 2
+    return vector / len(vector) ** 0.5
+
+
+def natural_rotation(update: Array, key: Array) -> Array:
+    """Signs, then butterflies."""
+    size = 1 << (len(update) - 1).bit_length()
+    padded = jnp.pad(update.astype(jnp.float32), (0, size - len(update)))
+    return _butterflies(padded * jax.random.rademacher(key, (size,), jnp.float32))
+
+
+def natural_inverse_rotation(rotated: Array, key: Array) -> Array:
+    """Butterflies, then signs."""
+    return _butterflies(rotated.astype(jnp.float32)) * jax.random.rademacher(key, rotated.shape, jnp.float32)
+
+
 # --- NumPy ----------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +328,20 @@ def numpy_clipped_sum(updates: np.ndarray, weights: np.ndarray, max_norm: float)
     updates = wide(updates)
     norms = np.sqrt(np.einsum("nd,nd->n", updates, updates))
     return (weights * np.minimum(np.float32(1), np.float32(max_norm) / norms)) @ updates
+
+
+def numpy_sparse_sum(values: np.ndarray, indices: np.ndarray, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Client after client: ``np.add.at`` on all at once, which knows nothing of distinct indices, is slower."""
+    total = np.zeros(len(room), np.float32)
+    for own, at, weight in zip(wide(values), indices, weights, strict=True):
+        total[at] += weight * own
+    return total
+
+
+def numpy_quantized_sum(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, weights: np.ndarray) -> Any:
+    """A matrix product of the codes as floats."""
+    slopes = weights * scales
+    return slopes @ codes.astype(np.float32) - slopes @ zero_points
 
 
 # --- PyTorch (tensors in, tensors out; imported by nobody but its user) -------------------------------------------
@@ -326,3 +410,23 @@ def torch_adam(rounds: int) -> Callable[..., Any]:
         return adam_rounds(params, first, second, updates.float(), rounds, torch)
 
     return run
+
+
+def torch_sparse_sum(values: Any, indices: Any, weights: Any, room: Any) -> Any:
+    """``index_add_`` of all clients' entries."""
+    terms = (weights[:, None] * values.float()).reshape(-1)
+    return weights.new_zeros(len(room)).index_add_(0, indices.reshape(-1), terms)
+
+
+def torch_quantized_sum(codes: Any, scales: Any, zero_points: Any, weights: Any) -> Any:
+    """A matrix product of the codes as floats."""
+    slopes = weights * scales
+    return slopes @ codes.float() - slopes @ zero_points
+
+
+def torch_packed_sum(codes: Any, *rest: Any) -> Any:
+    """The same of 4-bit codes, two a byte."""
+    import torch
+
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1)
+    return torch_quantized_sum(halves.reshape(len(codes), -1), *rest)

@@ -204,6 +204,50 @@ def _best_adam(params: Array, first: Array, second: Array, updates: Array) -> tu
     return forms.adam_step(params, first, second, delta, jnp)
 
 
+def _sparse_updates(problem: Problem, key: Array) -> tuple[Array, Array]:
+    """One coordinate in a hundred, 10 000 at most, at distinct indices in ascending order."""
+    k = min(max(problem.parameters // 100, 1), 10**4)
+    first, second = jax.random.split(key)
+    width = problem.parameters // k
+    offsets = jax.random.randint(first, (problem.clients, k), 0, width)
+    values = jax.random.normal(second, (problem.clients, k)).astype(problem.dtype)
+    return values, jnp.arange(k) * width + offsets
+
+
+def _sparse_arguments(problem: Problem, key: Array) -> tuple[Any, ...]:
+    """And an empty array that is as long as there are coordinates: a size no contender need trace."""
+    first, second = jax.random.split(key)
+    weights = jax.random.uniform(second, (problem.clients,), minval=0.5, maxval=2)
+    return *_sparse_updates(problem, first), weights, jnp.zeros((problem.parameters, 0))
+
+
+def _shuffled_arguments(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    values, indices, *rest = _sparse_arguments(problem, first)
+    order = jax.random.permutation(second, values.shape[1])
+    return values[:, order], indices[:, order], *rest
+
+
+def _quantized_arguments(problem: Problem, key: Array) -> tuple[Any, ...]:
+    keys = jax.random.split(key, 4)
+    codes = jax.random.bits(keys[0], (problem.clients, problem.parameters), np.uint8)
+    scales, weights = (jax.random.uniform(k, (problem.clients,), minval=0.5, maxval=2) for k in keys[1:3])
+    return codes, scales, jax.random.uniform(keys[3], (problem.clients,), minval=100, maxval=150), weights
+
+
+def _packed_arguments(problem: Problem, key: Array) -> tuple[Any, ...]:
+    codes, *rest = _quantized_arguments(problem, key)
+    return codes[:, : (problem.parameters + 1) // 2], *rest
+
+
+def _one_update(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return (jax.random.normal(key, (problem.parameters,)).astype(problem.dtype),)
+
+
+def _one_update_and_key(problem: Problem, key: Array) -> tuple[Any, ...]:
+    return *_one_update(problem, key), jax.random.key_data(key)
+
+
 # --- Our own calls to compare with ----------------------------------------------------------------------------
 
 
@@ -315,12 +359,29 @@ def _server_goals(problem: Problem) -> Goals:
     return goals(best=1.6, torch=2) if problem.large else {}
 
 
+def _sparse_goals(problem: Problem) -> Goals:
+    if problem.parameters >= 10**7:
+        return goals(best=10, numpy=10, torch=15)
+    return goals(best=(2, 3), numpy=5, torch=8) if problem.large else {}
+
+
+def _quantized_goals(problem: Problem) -> Goals:
+    return goals(best=(20, 60), torch=15, floor=0.75) if problem.large else {}
+
+
+def _gpu_sparse_goals(problem: Problem) -> Goals:
+    published = problem == Problem(128, 10**6)
+    return goals(natural=1, best=1, torch=2 * 1.5 if published else 1)
+
+
 # --- The table ------------------------------------------------------------------------------------------------
 
 _BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
 _ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, leaves=100))
 _PRIVATE_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"))
 _SERVER_PROBLEMS = (Problem(4, 10**7),)
+_SPARSE = (Problem(32, 10**6), Problem(128, 10**6), Problem(32, 10**7), Problem(128, 10**7))
+_CODES = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6))
 _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"), TREE_PROBLEM)
 
 
@@ -626,5 +687,84 @@ ROWS: tuple[Row, ...] = (
         _fused(ff.fedyogi_weighted_update),
         problems=_SERVER_PROBLEMS,
         gpu_problems=_SERVER_PROBLEMS,
+    ),
+    Row(
+        "topk_sparse_weighted_sum",
+        _sparse_arguments,
+        lambda values, indices, weights, room: ff.topk_sparse_weighted_sum(values, indices, weights, len(room)),
+        natural=forms.natural_sparse_sum,
+        best=forms.best_sparse_sum,
+        numpy=forms.numpy_sparse_sum,
+        torch=forms.torch_sparse_sum,
+        problems=_SPARSE,
+        gpu_problems=_SPARSE,
+        goals=_sparse_goals,
+        gpu_goals=_gpu_sparse_goals,
+    ),
+    Row(
+        "topk_sparse_weighted_sum",
+        _shuffled_arguments,
+        lambda values, indices, weights, room: ff.topk_sparse_weighted_sum(values, indices, weights, len(room)),
+        variant="unsorted",
+        natural=forms.natural_sparse_sum,
+        numpy=forms.numpy_sparse_sum,
+        torch=forms.torch_sparse_sum,
+        problems=_SPARSE[:3],
+        gpu_problems=_SPARSE[:3],
+    ),
+    Row(
+        "quantized_weighted_sum",
+        _quantized_arguments,
+        ff.quantized_weighted_sum,
+        natural=forms.natural_quantized_sum,
+        best=forms.best_quantized_sum,
+        numpy=forms.numpy_quantized_sum,
+        torch=forms.torch_quantized_sum,
+        problems=_CODES,
+        gpu_problems=_CODES,
+        goals=_quantized_goals,
+    ),
+    Row(
+        "quantized_weighted_sum",
+        _packed_arguments,
+        functools.partial(ff.quantized_weighted_sum, num_bits=4),
+        variant="4 bits",
+        natural=forms.unpacked(forms.natural_quantized_sum, jnp.stack),
+        best=forms.unpacked(forms.best_quantized_sum, jnp.stack),
+        numpy=forms.unpacked(forms.numpy_quantized_sum, np.stack),
+        torch=forms.torch_packed_sum,
+        problems=_CODES,
+        gpu_problems=_CODES,
+    ),
+    Row(
+        "topk_sparsify",
+        _one_update,
+        lambda update: ff.topk_sparsify(update, min(max(len(update) // 100, 1), 10**4)),
+        natural=lambda update: forms.natural_topk(update, min(max(len(update) // 100, 1), 10**4)),
+        problems=(Problem(1, 10**6),),
+        gpu_problems=(Problem(1, 10**6),),
+    ),
+    Row(
+        "quantize",
+        _one_update,
+        ff.quantize,
+        problems=_ONE_VECTOR[:1],
+        gpu_problems=_ONE_VECTOR[:1],
+    ),
+    Row(
+        "hadamard_rotation",
+        _one_update_and_key,
+        ff.hadamard_rotation,
+        natural=forms.natural_rotation,
+        problems=(Problem(1, 10**6),),
+        gpu_problems=(Problem(1, 10**6),),
+    ),
+    Row(
+        "inverse_hadamard_rotation",
+        lambda problem, key: _one_update_and_key(Problem(1, ff.reference.padded_size(problem.parameters)), key),
+        lambda rotated, key: ff.inverse_hadamard_rotation(rotated, key, rotated),
+        natural=forms.natural_inverse_rotation,
+        problems=(Problem(1, 10**6),),
+        gpu_problems=(Problem(1, 10**6),),
     ),
 )

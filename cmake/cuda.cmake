@@ -71,9 +71,11 @@ add_library(fedfuse_cuda STATIC
   ffi/cuda/networks_float64.cu
   ffi/cuda/order_statistics.cu
   ffi/cuda/private.cu
+  ffi/cuda/quantized.cu
   ffi/cuda/reductions.cu
   ffi/cuda/runtime.cu
   ffi/cuda/server.cu
+  ffi/cuda/sparse.cu
   ffi/cuda/streaming.cu
   ffi/cuda/weighted_spread.cu)
 target_link_libraries(fedfuse_cuda PUBLIC fedfuse_contract)

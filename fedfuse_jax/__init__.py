@@ -11,6 +11,14 @@
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
 from fedfuse_jax.centers import centered_clipping, geometric_median
+from fedfuse_jax.compressed import (
+    hadamard_rotation,
+    inverse_hadamard_rotation,
+    quantize,
+    quantized_weighted_sum,
+    topk_sparse_weighted_sum,
+    topk_sparsify,
+)
 from fedfuse_jax.distances import (
     bucketing,
     bulyan,
@@ -64,7 +72,9 @@ __all__ = [
     "fedyogi_weighted_update",
     "finite_clients",
     "geometric_median",
+    "hadamard_rotation",
     "init_server_state",
+    "inverse_hadamard_rotation",
     "krum",
     "krum_scores",
     "mean_around_median",
@@ -72,10 +82,14 @@ __all__ = [
     "nearest_neighbor_mixing",
     "noisy_weighted_sum",
     "pairwise_squared_distances",
+    "quantize",
+    "quantized_weighted_sum",
     "reference",
     "show_versions",
     "squared_norms",
     "stack_clients",
+    "topk_sparse_weighted_sum",
+    "topk_sparsify",
     "trimmed_mean",
     "weighted_mean",
     "weighted_sum",

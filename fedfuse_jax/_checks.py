@@ -186,3 +186,21 @@ def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Ar
     if not square or (n_clients is not None and array.shape[0] != n_clients):
         raise ValueError(f"{operation}: distances has shape {array.shape}; it needs {needed}.")
     return array.astype(reference.accumulator_dtype(array.dtype))
+
+
+def matrix_per_client(operation: str, argument: str, value: Any, n_clients: Any, kind: Any, needed: str) -> Array:
+    """A ``(n_clients, any)`` array whose dtype is of a ``kind`` such as ``jnp.integer``, called ``needed``."""
+    array = as_array(operation, argument, value, needed)
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs {needed}.")
+    if array.ndim != 2 or (n_clients is not None and array.shape[0] != n_clients):
+        raise ValueError(f"{operation}: {argument} has shape {array.shape}; it needs {needed}.")
+    if array.shape[0] == 0:
+        raise ValueError(f"{operation}: {argument} has no clients ({describe(array)}); it needs one at least.")
+    return array
+
+
+def supported_float(operation: str, argument: str, array: Array) -> None:
+    """Refuses the floating dtypes that no kernel knows."""
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs one of {FLOAT_DTYPES}.")

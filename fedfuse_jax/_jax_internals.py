@@ -26,6 +26,7 @@ __all__ = [
     "batching",
     "custom_partitioning",
     "explicit_axes",
+    "flattened",
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
@@ -112,6 +113,20 @@ def resharded(value: Any, mesh: Any, spec: Any) -> Any:
 def replicated(value: Any) -> Any:
     """``value``, whole on every device of a mesh with Explicit axes; elsewhere, ``value``."""
     return resharded(value, jax.typeof(value).sharding.mesh, PartitionSpec(*[None] * value.ndim))
+
+
+def flattened(value: Any) -> Any:
+    """``value`` as a vector, sharded as its axes are where types say so (of merged axes, the leading ones at most)."""
+    sharding = jax.typeof(value).sharding
+    if not explicit_axes(sharding.mesh):
+        return value.reshape(-1)
+    names = [name for entry in sharding.spec if entry is not None for name in _as_tuple(entry)]
+    spec = jax.sharding.PartitionSpec(tuple(names) or None)
+    return jax.numpy.reshape(value, -1, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _as_tuple(entry: Any) -> tuple[Any, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def with_sharding_of(aval: Any, value: Any) -> Any:

@@ -79,7 +79,8 @@ class Operation:
       results: Its results, likewise. Every axis of a result is an axis of an operand, or in ``new_axes``.
       definition: ``definition(out_dtypes=…, **operands, **attributes) -> list`` in ``jax.numpy``, unbatched.
       whole_axes: Axes that one device must see whole. They are resharded over parameter axes.
-      reduce: How partial results combine over sharded axes that no result has: ``"sum"``, ``"all"`` or ``"norm"``.
+      reduce: How partial results combine over sharded axes that no result has: ``"sum"``, ``"all"`` or ``"norm"``. With
+        operands per leaf, those are parameter axes; without (where ``"sum"`` is all there is), any.
       partitioned: Replaces what one device of several does: ``partitioned(call, operands, mesh_axes)``.
       new_axes: ``new_axes(attributes) -> {axis: size}`` for axes that only results have; a size may be the name of the
         operands' axis that has it.
@@ -129,7 +130,7 @@ class Operation:
         """Calls the operation on operands that all have ``batch_dims`` leading axes of full size or 1."""
         declared = self.operands(attributes)
         present = tuple(spec.name for spec in declared if spec.optional and operands[spec.name] is not None)
-        num_leaves = next(len(operands[spec.name]) for spec in declared if spec.per_leaf)
+        num_leaves = next((len(operands[spec.name]) for spec in declared if spec.per_leaf), 0)
         layout = Layout(num_leaves, batch_dims, present, tuple(out_dtypes), attributes)
         return self._outer.bind(*_align_varying(self._flatten(operands, layout)), layout=layout)
 
@@ -459,6 +460,8 @@ class Operation:
         """One device's share, and the collectives that make it whole."""
         if self._reduce is None:
             return call.run_local(operands)
+        if call.layout.num_leaves == 0:
+            return self._sum_over_lost_axes(call, operands, mesh_axes)
         shards = self.shards_of_leaves(call.layout, operands, mesh_axes)
         reduction = REDUCTIONS[self._reduce]
         parts: list[list[Array]] = []
@@ -470,6 +473,13 @@ class Operation:
             lax.psum(sum(xs[1:], xs[0]), names) if names else sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)
         ]
         return [reduction.result(total) for total in totals]
+
+    def _sum_over_lost_axes(self, call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
+        """Partial results of an operation without leaves, summed over every sharded axis that no result has."""
+        operand_axes, result_axes = self._axes([x.ndim for x in self._flatten(operands, call.layout)], call.layout)
+        lost = {axis for axes in operand_axes for axis in axes} - {axis for axes in result_axes for axis in axes}
+        names = tuple(sorted({name for axis in lost for name in mesh_axes.get(axis, ())}))
+        return [lax.psum(part, names) if names else part for part in call.run_local(operands)]
 
     def shards_of_leaves(
         self, layout: Layout, operands: Operands, mesh_axes: Mapping[Axis, MeshAxes]

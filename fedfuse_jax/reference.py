@@ -627,3 +627,231 @@ def fedyogi_weighted_update(
 ) -> tuple[PyTree, Any]:
     """FedAdam but for ``v ← v − (1 − β₂) Δ² sign(v − Δ²)``."""
     return server_update("yogi", params, state, updates, weights, where, learning_rate, b1, b2, tau)
+
+
+# --- Compressed -----------------------------------------------------------------------------------------------
+
+
+def _heard(indices: Array, num_params: int, where: Array | None) -> Array:
+    """Which entries of a sparse update count: those with an index in range, of a client that takes part."""
+    inside = (indices >= 0) & (indices < num_params)
+    return inside if where is None else inside & where[:, None]
+
+
+def topk_sparse_weighted_sum(
+    values: Array, indices: Array, weights: Array, num_params: int, *, where: Array | None = None
+) -> Array:
+    """``Σᵢ wᵢ xᵢ`` of sparse updates: entry j of client i adds ``wᵢ values[i, j]`` at ``indices[i, j]``."""
+    dtype = accumulator_dtype(values.dtype)
+    terms = values.astype(dtype) * _over_parameters(weights.astype(dtype), values)
+    # One past the end is out of range; a negative index would count from the end.
+    targets = jnp.where(_heard(indices, num_params, where), indices, num_params)
+    return jnp.zeros(num_params, dtype).at[targets].add(terms, mode="drop")
+
+
+def sparse_spread(
+    indices: Array, weights: Array, vector: Array, *, where: Array | None = None, dtype: Any = None
+) -> Array:
+    """The transpose of ``topk_sparse_weighted_sum``: ``wᵢ vector[indices[i, j]]``, 0 where an entry does not count."""
+    heard = _heard(indices, vector.shape[0], where)
+    found = vector.at[jnp.where(heard, indices, vector.shape[0])].get(mode="fill", fill_value=0)
+    spread = jnp.where(heard, _over_parameters(weights, indices) * found, 0)
+    return spread.astype(vector.dtype if dtype is None else dtype)
+
+
+def sparse_dots(values: Array, indices: Array, vector: Array, *, where: Array | None = None) -> Array:
+    """``Σⱼ values[i, j] vector[indices[i, j]]`` per client, over the entries that count."""
+    heard = _heard(indices, vector.shape[0], where)
+    found = vector.at[jnp.where(heard, indices, vector.shape[0])].get(mode="fill", fill_value=0)
+    return _pairwise_sum(jnp.where(heard, values.astype(vector.dtype) * found, 0))
+
+
+def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tuple[Array, Array, PyTree]:
+    """The k entries of greatest magnitude of ``update + residual``, by index, and what is left over."""
+    sums = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), update)
+    if residual is not None:
+        sums = jax.tree.map(jnp.add, sums, residual)
+    flat, unravel = _as_vector(sums)
+    # To top_k, a NaN without a sign is the greatest of all; at a tie, it gives the lower index.
+    magnitude = lax.stop_gradient(jnp.where(jnp.isnan(flat), jnp.nan, jnp.abs(flat)))
+    _, chosen = lax.top_k(magnitude, k)
+    chosen = jnp.sort(chosen)
+    return flat[chosen], chosen, unravel(flat.at[chosen].set(0))
+
+
+def _as_vector(tree: PyTree) -> tuple[Array, Any]:
+    """The leaves one after the other as one vector, and the way back."""
+    leaves, structure = jax.tree.flatten(tree)
+    dtype = accumulator_dtype(*(leaf.dtype for leaf in leaves))
+    vectors = [leaf.reshape(-1).astype(dtype) for leaf in leaves]
+    vector = vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
+
+    def unravel(vector: Array) -> PyTree:
+        back, first = [], 0
+        for leaf in leaves:
+            back.append(vector[first : first + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
+            first += leaf.size
+        return jax.tree.unflatten(structure, back)
+
+    return vector, unravel
+
+
+def unpack_codes(codes: Array, num_bits: int) -> Array:
+    """One code an element: of 4-bit codes, two a byte, the low half comes first. Halves of int8 have a sign."""
+    if num_bits == 8:
+        return codes
+    if codes.dtype == np.int8:
+        halves = [lax.shift_right_arithmetic(lax.shift_left(codes, np.int8(4)), np.int8(4)), codes >> 4]
+    else:
+        halves = [codes & 15, codes >> 4]
+    return jnp.stack(halves, axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+def pack_codes(codes: Array, num_bits: int) -> Array:
+    """uint8 codes as they travel: 4-bit codes two a byte, the low half first; the last half may be empty (0)."""
+    if num_bits == 8:
+        return codes
+    pairs = jnp.pad(codes, (0, codes.shape[0] % 2)).reshape(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def _over_blocks(per_block: Array, num_params: Any, block_size: int | None) -> Array:
+    """``(n, n_blocks)`` numbers, or ``(n,)``, so that they broadcast against ``(n, num_params)``."""
+    if block_size is None:
+        return per_block[:, None]
+    return jnp.take(per_block, jnp.arange(num_params) // block_size, axis=1)
+
+
+def quantized_weighted_sum(
+    codes: Array,
+    scales: Array,
+    zero_points: Array,
+    weights: Array,
+    *,
+    num_bits: int = 8,
+    num_params: int | None = None,
+    block_size: int | None = None,
+    where: Array | None = None,
+) -> Array:
+    """``Σ wᵢ sᵢ (qᵢ − zᵢ)``, with a scale and a zero point for each client, or for each block of each client."""
+    dtype = accumulator_dtype(scales.dtype, zero_points.dtype)
+    levels = unpack_codes(codes, num_bits)[:, :num_params].astype(dtype)
+    slopes = weights.astype(dtype).reshape((-1,) + (1,) * (scales.ndim - 1)) * scales.astype(dtype)
+    size = levels.shape[1]
+    terms = _over_blocks(slopes, size, block_size) * (
+        levels - _over_blocks(zero_points.astype(dtype), size, block_size)
+    )
+    return jnp.sum(terms if where is None else jnp.where(where[:, None], terms, 0), axis=0)
+
+
+def quantized_dots(
+    codes: Array,
+    zero_points: Array,
+    vector: Array,
+    *,
+    num_bits: int = 8,
+    block_size: int | None = None,
+    where: Array | None = None,
+) -> Array:
+    """``Σⱼ (qᵢⱼ − zᵢ) vⱼ`` per client, or per block of each client: what the sum's derivatives are made of."""
+    num_params = vector.shape[0]
+    levels = unpack_codes(codes, num_bits)[:, :num_params].astype(vector.dtype)
+    products = (levels - _over_blocks(zero_points.astype(vector.dtype), num_params, block_size)) * vector
+    if where is not None:
+        products = jnp.where(where[:, None], products, 0)
+    if block_size is None:
+        return _pairwise_sum(products)
+    num_blocks = zero_points.shape[1]
+    padded = jnp.pad(products, ((0, 0), (0, num_blocks * block_size - num_params)))
+    return _pairwise_sum(padded.reshape(-1, num_blocks, block_size))
+
+
+def quantize(
+    update: PyTree, *, num_bits: int = 8, block_size: int | None = None, key: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Codes from 0 to 2ᵇ − 1 between the least and the greatest value of each block; stochastic with a ``key``."""
+    vector = _as_vector(jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), update))[0]
+    dtype, size, top = vector.dtype, vector.shape[0], 2**num_bits - 1
+    if size == 0:
+        shape = () if block_size is None else (0,)
+        return jnp.zeros(0, np.uint8), jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
+    width = size if block_size is None else block_size
+    # The last block may be short: its last value again changes neither its least nor its greatest.
+    blocks = jnp.pad(vector, (0, -size % width), mode="edge").reshape(-1, width)
+    least, greatest = jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)
+    finite = jnp.isfinite(least) & jnp.isfinite(greatest)
+    scales = greatest / top - least / top  # whose difference may overflow
+    is_flat = scales == 0  # all values alike: one times (0 − (−value)) is the value itself
+    safe = jnp.where(finite & ~is_flat, scales, 1)
+    zero_points = jnp.where(finite, -least / safe, 0)
+    # Halves, so that no difference overflows.
+    positions = (blocks / 2 - least[:, None] / 2) / (safe[:, None] / 2)
+    positions = jnp.where((finite & ~is_flat)[:, None], jnp.clip(positions, 0, top), 0).reshape(-1)[:size]
+    if key is None:
+        levels = jnp.round(positions)
+    else:
+        below = jnp.floor(positions)
+        levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below)
+    scales = jnp.where(finite, safe, jnp.nan)
+    codes = pack_codes(levels.astype(np.uint8), num_bits)
+    return (codes, scales[0], zero_points[0]) if block_size is None else (codes, scales, zero_points)
+
+
+def _hadamard_matrix(size: int) -> np.ndarray:
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def walsh_hadamard_transform(vector: Array) -> Array:
+    """``H x / √d`` for ``d`` a power of two, in Sylvester's order: orthonormal, symmetric, its own inverse."""
+    size, largest = vector.shape[0], 64
+    factors: list[int] = []
+    while math.prod(factors) < size:
+        factors.append(min(largest, size // math.prod(factors)))
+    # H is a Kronecker product of small ones: each acts along an axis of its own.
+    cube = vector.reshape(factors)
+    for axis, factor in enumerate(factors):
+        matrix = jnp.asarray(_hadamard_matrix(factor), vector.dtype)
+        cube = jnp.moveaxis(jnp.tensordot(cube, matrix, (axis, 0), precision=lax.Precision.HIGHEST), -1, axis)
+    return cube.reshape(-1) / math.sqrt(size)
+
+
+def _leaf_keys(key: Array, num_leaves: int) -> Any:
+    return [key] if num_leaves == 1 else jax.random.split(key, num_leaves)
+
+
+def padded_size(size: int) -> int:
+    """The next power of two."""
+    return 0 if size == 0 else 1 << (size - 1).bit_length()
+
+
+def hadamard_rotation(update: PyTree, key: Array) -> PyTree:
+    """``H D x / √d`` of each leaf, padded with zeros to a power of two: D holds random signs, H is Hadamard's."""
+    leaves = jax.tree.leaves(update)
+
+    def rotate(leaf: Array, key: Array) -> Array:
+        flat = leaf.astype(accumulator_dtype(leaf.dtype)).reshape(-1)
+        size = padded_size(leaf.size)
+        signs = jax.random.rademacher(key, (size,), flat.dtype)
+        return walsh_hadamard_transform(jnp.pad(flat, (0, size - leaf.size)) * signs) if size else flat
+
+    rotated = [rotate(*pair) for pair in zip(leaves, _leaf_keys(key, len(leaves)), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(update), rotated)
+
+
+def inverse_hadamard_rotation(rotated: PyTree, key: Array, like: PyTree) -> PyTree:
+    """The inverse of ``hadamard_rotation``: leaves of the shapes that ``like`` has."""
+    leaves = jax.tree.leaves(rotated)
+
+    def rotate_back(leaf: Array, key: Array, shape: tuple[int, ...]) -> Array:
+        flat = leaf.astype(accumulator_dtype(leaf.dtype))
+        if leaf.size:
+            flat = walsh_hadamard_transform(flat) * jax.random.rademacher(key, leaf.shape, flat.dtype)
+        return flat[: math.prod(shape)].reshape(shape)
+
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(like)]
+    keys = _leaf_keys(key, len(leaves))
+    back = [rotate_back(*parts) for parts in zip(leaves, keys, shapes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(rotated), back)

@@ -20,6 +20,7 @@ import oracle
 import fedfuse_jax as ff
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax import centers as center_operations
+from fedfuse_jax import compressed as compressed_operations
 from fedfuse_jax import distances as distance_operations
 from fedfuse_jax import private as private_operations
 from fedfuse_jax import reduce as reduce_operations
@@ -42,6 +43,13 @@ class Kind(enum.Enum):
     KEY = "a raw Threefry key"
     STATE = "a server optimizer's state"
     RATES = "hyper-parameters in one vector"
+    ENTRIES = "a row of numbers per client, as long as all leaves together"
+    INDICES = "an integer for each of those, some out of range; every other row sorted"
+    CODES = "a row of uint8 per client, as long as all leaves together"
+    LEVELS = "a short row of small uint8 per client"
+    FACTORS = "a number per client, in the leaves' dtype"
+    VECTOR = "one vector of a fixed length"
+    SHORT_VECTOR = "one vector as long as levels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Row:
     public: bool = True
     out_dtype: bool = False
     order_statistic: bool = False
+    takes_trees: bool = True
     coordinate_wise: bool = True  # each coordinate by itself: same bits however the parameters are cut or sharded
     withstands_overflow: bool = False  # where the result is in range, so are the steps to it
     collectives: tuple[str, ...] = ()  # those allowed when parameters are sharded
@@ -205,10 +214,32 @@ def server_row(operation: str, *rates: str) -> Row:
     )
 
 
+def sparse_spread(indices: Any, weights: Any, vector: Any, where: Any = None) -> Any:
+    operands = {"indices": indices, "weights": weights, "vector": vector, "where": where}
+    return compressed_operations.SPARSE_SPREAD.bind(operands, (vector.dtype.name,))[0]
+
+
+def sparse_dots(values: Any, indices: Any, vector: Any, where: Any = None) -> Any:
+    operands = {"values": values, "indices": indices, "vector": vector, "where": where}
+    return compressed_operations.SPARSE_DOTS.bind(operands, (vector.dtype.name,))[0]
+
+
+def quantized_dots(codes: Any, zero_points: Any, vector: Any, where: Any = None) -> Any:
+    """Of 8-bit codes, as many as the vector is long; one zero point a client."""
+    zero_points = zero_points.astype(vector.dtype)[:, None]
+    operands = {"codes": codes[:, None], "zero_points": zero_points, "vector": vector[None], "where": where}
+    bits = {"num_bits": 8, "num_params": -1, "block_size": 0}
+    return compressed_operations.QUANTIZED_DOTS.bind(operands, (vector.dtype.name,), **bits)[0][:, 0]
+
+
 def in_float64(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The oracle of a sum over coordinates: it may be stricter with the kernel, which sums in float64."""
     return functools.partial(function, kernel=_native.has_kernel(operation, "cpu"))
 
+
+# How many coordinates sparse updates have: a few times what a task takes on at least.
+NUM_PARAMS = 3001
+NUM_LEVELS = 37
 
 # --- The table --------------------------------------------------------------------------------------------------
 
@@ -522,6 +553,88 @@ ROWS = (
         coordinate_wise=False,
         collectives=("all-reduce",),
     ),
+    Row(
+        "topk_sparse_weighted_sum",
+        call=functools.partial(ff.topk_sparse_weighted_sum, num_params=NUM_PARAMS),
+        definition=functools.partial(reference.topk_sparse_weighted_sum, num_params=NUM_PARAMS),
+        oracle=functools.partial(oracle.topk_sparse_weighted_sum, num_params=NUM_PARAMS),
+        arguments={"values": Kind.ENTRIES, "indices": Kind.INDICES, "weights": Kind.WEIGHTS, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("values", "weights"),
+        differentiable=("values", "weights"),
+        takes_trees=False,
+    ),
+    Row(
+        "sparse_spread",
+        call=sparse_spread,
+        definition=reference.sparse_spread,
+        oracle=oracle.sparse_spread,
+        arguments={"indices": Kind.INDICES, "weights": Kind.WEIGHTS, "vector": Kind.VECTOR, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("weights", "vector"),
+        differentiable=("weights", "vector"),
+        public=False,
+        takes_trees=False,
+    ),
+    Row(
+        "sparse_dots",
+        call=sparse_dots,
+        definition=reference.sparse_dots,
+        oracle=oracle.sparse_dots,
+        arguments={"values": Kind.ENTRIES, "indices": Kind.INDICES, "vector": Kind.VECTOR, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("values", "vector"),
+        differentiable=("values", "vector"),
+        public=False,
+        takes_trees=False,
+    ),
+    Row(
+        "quantized_weighted_sum",
+        call=ff.quantized_weighted_sum,
+        definition=reference.quantized_weighted_sum,
+        oracle=oracle.quantized_weighted_sum,
+        arguments={
+            "codes": Kind.CODES,
+            "scales": Kind.FACTORS,
+            "zero_points": Kind.FACTORS,
+            "weights": Kind.WEIGHTS,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("where",)),
+        linear=("scales", "weights"),
+        differentiable=("scales", "zero_points", "weights"),
+        takes_trees=False,
+    ),
+    Row(
+        "quantized_weighted_sum",
+        label="quantized_weighted_sum_4_bits",
+        call=functools.partial(ff.quantized_weighted_sum, num_bits=4),
+        definition=functools.partial(reference.quantized_weighted_sum, num_bits=4),
+        oracle=functools.partial(oracle.quantized_weighted_sum, num_bits=4),
+        arguments={
+            "codes": Kind.CODES,
+            "scales": Kind.FACTORS,
+            "zero_points": Kind.FACTORS,
+            "weights": Kind.WEIGHTS,
+            "where": Kind.WHERE,
+        },
+        variants=(("where",),),
+        linear=("scales", "weights"),
+        differentiable=("scales", "zero_points", "weights"),
+        takes_trees=False,
+    ),
+    Row(
+        "quantized_dots",
+        call=quantized_dots,
+        definition=reference.quantized_dots,
+        oracle=oracle.quantized_dots,
+        arguments={"codes": Kind.LEVELS, "zero_points": Kind.FACTORS, "vector": Kind.SHORT_VECTOR, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("vector",),
+        differentiable=("zero_points", "vector"),
+        public=False,
+        takes_trees=False,
+    ),
 )
 
 
@@ -665,6 +778,23 @@ def sample(kind: Kind, name: str, problem: Problem, case: Case) -> Any:
     if kind is Kind.CLIENTS:
         stacked = sample(Kind.STACKED, name, problem, case)
         return [jax.tree.map(lambda leaf, i=i: leaf[i, ...], stacked) for i in range(n_clients)]
+    size = sum(int(np.prod(shape)) for _, shape in problem.shapes)
+    dtype = problem.dtype_of(0)
+    if kind is Kind.ENTRIES:
+        return numbers(problem.values, generator, (n_clients, size), dtype)
+    if kind is Kind.FACTORS:
+        return numbers(problem.values, generator, (n_clients,), dtype)
+    if kind in (Kind.VECTOR, Kind.SHORT_VECTOR):
+        length = NUM_PARAMS if kind is Kind.VECTOR else NUM_LEVELS
+        return numbers(problem.values, generator, (1, length), accumulator)[0]
+    if kind is Kind.INDICES:
+        indices = generator.integers(-NUM_PARAMS // 20, NUM_PARAMS + NUM_PARAMS // 20, (n_clients, size), np.int32)
+        indices[::2] = np.sort(indices[::2])
+        return indices
+    if kind is Kind.CODES:
+        return generator.integers(0, 256, (n_clients, size), np.uint8)
+    if kind is Kind.LEVELS:
+        return generator.integers(0, 8, (n_clients, NUM_LEVELS), np.uint8)
     tree = {}
     for leaf, (leaf_name, shape) in enumerate(problem.shapes):
         dtype = problem.dtype_of(leaf)

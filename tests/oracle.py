@@ -548,6 +548,105 @@ def fedyogi_weighted_update(
     return _server_update(rule, params, state, updates, weights, where)
 
 
+# --- Compressed updates -----------------------------------------------------------------------------------------
+
+
+def _entries(indices: Any, num_params: int, where: Any) -> list[tuple[int, int, int]]:
+    """(client, position, index) of every entry that counts, in order."""
+    counted = (np.asarray(indices) >= 0) & (np.asarray(indices) < num_params)
+    if where is not None:
+        counted &= np.asarray(where)[:, None]
+    return [(i, j, int(indices[i, j])) for i, j in np.argwhere(counted)]
+
+
+@quiet
+def topk_sparse_weighted_sum(values: Any, indices: Any, weights: Any, num_params: int, where: Any = None) -> Any:
+    wide, factors = widened(values), widened(weights)
+    value, magnitude, count = np.zeros(num_params), np.zeros(num_params), np.zeros(num_params)
+    for client, position, index in _entries(np.asarray(indices), num_params, where):
+        term = factors[client] * wide[client, position]
+        value[index] += term
+        magnitude[index] += abs(term)
+        count[index] += 1
+    dtype = accumulator_of(values)
+    return Expected(value, magnitude, float(count.max(initial=0)) + 2, dtype, dtype)
+
+
+@quiet
+def sparse_spread(indices: Any, weights: Any, vector: Any, where: Any = None) -> Any:
+    value = np.zeros(indices.shape)
+    for client, position, index in _entries(np.asarray(indices), len(vector), where):
+        value[client, position] = widened(weights)[client] * widened(vector)[index]
+    dtype = accumulator_of(vector)
+    return Expected(value, np.abs(value), 2, dtype, dtype)
+
+
+@quiet
+def sparse_dots(values: Any, indices: Any, vector: Any, where: Any = None) -> Any:
+    products = np.zeros(values.shape)
+    wide, factors = widened(values), widened(vector)
+    for client, position, index in _entries(np.asarray(indices), len(vector), where):
+        products[client, position] = wide[client, position] * factors[index]
+    dtype = accumulator_of(vector)
+    return Expected(products.sum(1), np.abs(products).sum(1), _pairwise_roundings(values.shape[1]), dtype, dtype)
+
+
+def unpacked(codes: Any, num_bits: int = 8, num_params: int | None = None) -> np.ndarray:
+    """The codes of every client, one an element, from bytes that hold one or two."""
+    rows = []
+    for row in np.asarray(codes):
+        levels = []
+        for byte in row.tolist():
+            halves = [byte] if num_bits == 8 else [byte & 15, byte >> 4 & 15]
+            if num_bits == 4 and codes.dtype == np.int8:
+                halves = [half - 16 if half > 7 else half for half in halves]
+            levels += halves
+        rows.append(levels)
+    return np.array(rows, float).reshape(len(rows), -1)[:, :num_params]
+
+
+def _each_coordinate_s(per_block: Any, size: int, block_size: int | None) -> np.ndarray:
+    """The number of a coordinate's block, for every client and coordinate."""
+    wide = widened(per_block)
+    if block_size is None:
+        return np.broadcast_to(wide[:, None], (len(wide), size))
+    return np.array([[row[p // block_size] for p in range(size)] for row in wide]).reshape(len(wide), size)
+
+
+@quiet
+def quantized_weighted_sum(
+    codes: Any,
+    scales: Any,
+    zero_points: Any,
+    weights: Any,
+    num_bits: int = 8,
+    num_params: int | None = None,
+    block_size: int | None = None,
+    where: Any = None,
+) -> Any:
+    levels = unpacked(codes, num_bits, num_params)
+    size = levels.shape[1]
+    zeros = _each_coordinate_s(zero_points, size, block_size)
+    factors = widened(weights)[:, None] * _each_coordinate_s(scales, size, block_size)
+    terms = only_present(factors * (levels - zeros), where)
+    # A zero point that is no integer rounds the difference; what it rounds may be far larger than what is left.
+    magnitude = only_present(np.abs(factors) * (np.abs(levels) + np.abs(zeros)), where)
+    dtype = accumulator_of(scales, zero_points)
+    return Expected(terms.sum(0), magnitude.sum(0), len(terms) + 4, dtype, dtype)
+
+
+@quiet
+def quantized_dots(codes: Any, zero_points: Any, vector: Any, where: Any = None) -> Any:
+    zeros = widened(zero_points)[:, None]
+    products = (widened(codes) - zeros) * widened(vector)
+    magnitude = ((widened(codes) + np.abs(zeros)) * np.abs(widened(vector))).sum(1)
+    value = products.sum(1)
+    if where is not None:
+        value, magnitude = np.where(where, value, 0), np.where(where, magnitude, 0)
+    dtype = accumulator_of(vector)
+    return Expected(value, magnitude, _pairwise_roundings(codes.shape[1]) + 1, dtype, dtype)
+
+
 # --- Comparison -----------------------------------------------------------------------------------------------
 
 

@@ -17,11 +17,13 @@ differentiable_case = pytest.mark.parametrize("case", [case for case in CASES if
 where_case = pytest.mark.parametrize("case", [case for case in CASES if "where" in case.names], ids=str)
 rounding_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.out_dtype], ids=str)
 robust_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.withstands_overflow], ids=str)
-coordinate_wise_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.coordinate_wise], ids=str)
+coordinate_wise_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.row.coordinate_wise and case.row.takes_trees], ids=str
+)
 
 
 # What an absent client may fill with NaN.
-PER_CLIENT = (Kind.STACKED, Kind.WEIGHTS)
+PER_CLIENT = (Kind.STACKED, Kind.WEIGHTS, Kind.ENTRIES, Kind.FACTORS)
 
 
 def batch_of(case, size, **changes):

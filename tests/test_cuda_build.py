@@ -72,6 +72,17 @@ def test_kernels_on_the_host(tmp_path):
 
 
 @needs_sources
+@needs_compiler
+@pytest.mark.full
+def test_kernels_for_compressed_updates_on_the_host(tmp_path):
+    """The same, without the networks that take minutes to compile."""
+    sources = [FFI / "cuda" / f"{name}.cu" for name in ("sparse", "quantized")]
+    program = tmp_path / "compressed_test"
+    compile_cxx(program, "-fsanitize=address,undefined", "-x", "c++", *sources, FFI / "cuda/tests/compressed_test.cc")
+    assert " 0 failed" in run(program)
+
+
+@needs_sources
 def test_every_cpu_handler_has_a_cuda_twin():
     table = re.compile(r"FEDFUSE_HANDLER\((\w+, \w+, \w+)\);")
     cpu, cuda = (table.findall((FFI / backend / "module.cc").read_text()) for backend in ("cpu", "cuda"))

@@ -192,6 +192,12 @@ LEAVES = r"(operand|result) [01] of float16"
 TRIM = r"attribute trim = np.int32\((2147483647|0)\)"
 ANY_SHAPE = r"operand [01] of shape \(5.*\)"
 LARGER = r"result 1 of shape \((80, 2|1, 80|81,)\)"
+# What kernels only count the elements of: dimensions of size 1 more or less, a vector of another length for the same
+# indices, a block larger than what there is.
+FLAT_RESULT = r"result 0 of shape \((1, 3001|1, 1, 13|13,|1, 1, 13, 2|13, 2|5,)\)"
+EMPTY_RESULT = r"result 0 of shape \((0,.*|.*, 0|.*, 0, 2)\)"
+ANY_VECTOR = r"operand 2 of shape .*"
+ONE_BLOCK = r"attribute block_size = np.int32\(2147483647\)"
 RIGHT_ALL_THE_SAME = {
     "weighted_sum": rf"{LEAVES}|attribute divide = True",
     "weighted_mean": rf"{LEAVES}|attribute divide = False",
@@ -213,6 +219,12 @@ RIGHT_ALL_THE_SAME = {
         [f"fed{rule}_weighted_update" for rule in ("avgm", "adagrad", "adam", "yogi")],
         r"operand [78] of float16|attribute rule = np.int32\([0123]\)|result 7 of shape \(.*\)",
     ),
+    "topk_sparse_weighted_sum": rf"operand 0 of float16|{FLAT_RESULT}|result 1 of shape .*",
+    "sparse_spread": rf"result 0 of float16|{ANY_VECTOR}|{EMPTY_RESULT}",
+    "sparse_dots": rf"operand 0 of float16|{ANY_VECTOR}|{EMPTY_RESULT}",
+    "quantized_weighted_sum": rf"operand [12] of shape \(5,\)|{FLAT_RESULT}|{EMPTY_RESULT}|{ONE_BLOCK}",
+    "quantized_dots": rf"operand (1 of shape \(5,|2 of shape (\(1, 1, |\()37,?)\)|{FLAT_RESULT}|{EMPTY_RESULT}|"
+    + ONE_BLOCK,
 }
 
 

@@ -33,6 +33,9 @@ differentiable_case = pytest.mark.parametrize("case", [case for case in FULL if 
 both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 
 
+ROWS_OF_CLIENTS = (Kind.WEIGHTS, Kind.WHERE, Kind.ENTRIES, Kind.INDICES, Kind.CODES, Kind.LEVELS, Kind.FACTORS)
+
+
 def leaf_name(path):
     """The parameter that a leaf stands for; None for a whole array, or a number of the whole tree."""
     return getattr(path[-1], "key", None) if path else None
@@ -49,8 +52,7 @@ class Layout:
         parameters = {"kernel": self.kernel, "wide": self.wide}.get(leaf, ())
         return {
             Kind.STACKED: P(self.clients, *parameters),
-            Kind.WEIGHTS: P(self.clients),
-            Kind.WHERE: P(self.clients),
+            **dict.fromkeys(ROWS_OF_CLIENTS, P(self.clients)),
             Kind.MIXING: P(None, self.clients),
         }.get(kind, P(*parameters))
 

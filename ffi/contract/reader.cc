@@ -6,6 +6,7 @@ namespace fedfuse {
 namespace {
 
 constexpr int kNoLeaf = -1;
+constexpr int kFlat = -2;  // no leaf either, and of any shape
 
 std::string to_string(const std::vector<std::int64_t>& dims) {
   std::string text = "[";
@@ -24,7 +25,7 @@ std::int64_t product(const std::int64_t* begin, const std::int64_t* end) {
 Reader::Reader(const Call& call) : call_(call), operands_{call.operands}, results_{call.results, 0, true} {
   shape_.batch.rank = static_cast<int>(attribute("batch_dims", 0, kMaxBatchDims));
   // Every leaf is an operand at least once: a larger number would only waste memory before the first error.
-  const std::int64_t num_leaves = attribute("num_leaves", 1, std::max<std::int64_t>(1, call.operands.size()));
+  const std::int64_t num_leaves = attribute("num_leaves", 0, std::max<std::int64_t>(1, call.operands.size()));
   parameters_.resize(num_leaves);
   shape_.coordinates.assign(num_leaves, -1);
   std::fill_n(shape_.batch.sizes, kMaxBatchDims, 1);
@@ -46,6 +47,14 @@ View Reader::operand(const char* name, Axis axis, std::initializer_list<Type> ty
 
 View Reader::result(const char* name, Axis axis, std::initializer_list<Type> types) {
   return read(results_, name, axis, types, kNoLeaf);
+}
+
+View Reader::flat_operand(const char* name, Axis axis, std::initializer_list<Type> types) {
+  return read(operands_, name, axis, types, kFlat);
+}
+
+View Reader::flat_result(const char* name, Axis axis, std::initializer_list<Type> types) {
+  return read(results_, name, axis, types, kFlat);
 }
 
 std::vector<View> Reader::operand_leaves(const char* name, Axis axis) { return read_leaves(operands_, name, axis); }
@@ -77,6 +86,7 @@ void Reader::accumulators(const char* name, const std::vector<View>& views, cons
 }
 
 std::string Reader::finish() {
+  for (std::int64_t coordinates : shape_.coordinates) require(coordinates >= 0, "there are leaves that no buffer has");
   for (const Cursor* cursor : {&operands_, &results_}) {
     if (cursor->position != cursor->buffers.size()) {
       fail("there are " + std::to_string(cursor->buffers.size()) + (cursor->is_result ? " results" : " operands") +
@@ -160,6 +170,8 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
       fail(described + "; it needs fewer dimensions");
       return View();
     }
+  } else if (leaf == kFlat) {
+    // Its elements are counted below.
   } else if (shape_.coordinates[leaf] < 0) {
     parameters_[leaf] = rest;
     shape_.coordinates[leaf] = product(rest.data(), rest.data() + rest.size());

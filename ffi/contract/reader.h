@@ -30,6 +30,10 @@ class Reader {
   View operand(const char* name, Axis axis, std::initializer_list<Type> types);
   View result(const char* name, Axis axis, std::initializer_list<Type> types);
 
+  // The same, with any further dimensions: a kernel knows how many elements there are, and what they mean.
+  View flat_operand(const char* name, Axis axis, std::initializer_list<Type> types);
+  View flat_result(const char* name, Axis axis, std::initializer_list<Type> types);
+
   // The next operand, with these dimensions after the batch; kAny stands for one of any size.
   static constexpr std::int64_t kAny = -1;
   View table(const char* name, std::initializer_list<std::int64_t> dims, Type type);
@@ -46,6 +50,11 @@ class Reader {
 
   // Views that need to have the types in which sums of the models' types are kept.
   void accumulators(const char* name, const std::vector<View>& views, const std::vector<View>& models);
+
+  // Whatever else needs to hold.
+  void require(bool condition, const std::string& message) {
+    if (!condition) fail(message);
+  }
 
   const Shape& shape() const { return shape_; }
 

@@ -11,6 +11,7 @@ namespace {
        &isa::order_statistics_float16},                                                                 \
       &isa::noise,                                                                                      \
       &isa::server_rules,                                                                               \
+      {isa::quantized_float32, isa::quantized_float64},                                                 \
   }
 
 struct Isa {

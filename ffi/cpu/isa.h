@@ -9,6 +9,7 @@
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/noise.h"
 #include "cpu/kernels/order_statistics.h"
+#include "cpu/kernels/quantized.h"
 #include "cpu/kernels/server.h"
 
 namespace fedfuse {
@@ -20,6 +21,8 @@ struct Kernels {
   const OrderStatisticKernels* order_statistics[kNumTypes];
   const NoiseKernels* noise;
   const ServerKernels* server_rules;
+  // By the accumulator (float32, float64), each by Codes.
+  const QuantizedKernels* quantized[2];
 };
 
 // The best set this processor supports, unless choose_isa() said otherwise.
@@ -35,6 +38,10 @@ inline const LinearKernels& linear_kernels(Type type) { return *kernels().linear
 
 inline const OrderStatisticKernels& order_statistic_kernels(Type type) {
   return *kernels().order_statistics[static_cast<int>(type)];
+}
+
+inline const QuantizedKernels& quantized_kernels(Type accumulator, Codes codes) {
+  return kernels().quantized[accumulator == Type::kFloat64][static_cast<int>(codes)];
 }
 
 }  // namespace fedfuse

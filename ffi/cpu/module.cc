@@ -59,6 +59,11 @@ FEDFUSE_HANDLER(fedavgm_weighted_update, ServerUpdateProblem, read_server_update
 FEDFUSE_HANDLER(fedadagrad_weighted_update, ServerUpdateProblem, read_server_update);
 FEDFUSE_HANDLER(fedadam_weighted_update, ServerUpdateProblem, read_server_update);
 FEDFUSE_HANDLER(fedyogi_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(topk_sparse_weighted_sum, SparseSumProblem, read_sparse_sum);
+FEDFUSE_HANDLER(sparse_spread, SparseSpreadProblem, read_sparse_spread);
+FEDFUSE_HANDLER(sparse_dots, SparseDotsProblem, read_sparse_dots);
+FEDFUSE_HANDLER(quantized_weighted_sum, QuantizedSumProblem, read_quantized_sum);
+FEDFUSE_HANDLER(quantized_dots, QuantizedDotsProblem, read_quantized_dots);
 
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
@@ -82,6 +87,11 @@ constexpr NamedHandler kHandlers[] = {
     {"fedadagrad_weighted_update", fedadagrad_weighted_update},
     {"fedadam_weighted_update", fedadam_weighted_update},
     {"fedyogi_weighted_update", fedyogi_weighted_update},
+    {"topk_sparse_weighted_sum", topk_sparse_weighted_sum},
+    {"sparse_spread", sparse_spread},
+    {"sparse_dots", sparse_dots},
+    {"quantized_weighted_sum", quantized_weighted_sum},
+    {"quantized_dots", quantized_dots},
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "contract/compressed.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/private.h"
@@ -26,6 +27,11 @@ Work cut(std::shared_ptr<const StackProblem> problem);
 Work cut(std::shared_ptr<const ClientNormsProblem> problem);
 Work cut(std::shared_ptr<const PrivateSumProblem> problem);
 Work cut(std::shared_ptr<const ServerUpdateProblem> problem);
+Work cut(std::shared_ptr<const SparseSumProblem> problem);
+Work cut(std::shared_ptr<const SparseSpreadProblem> problem);
+Work cut(std::shared_ptr<const SparseDotsProblem> problem);
+Work cut(std::shared_ptr<const QuantizedSumProblem> problem);
+Work cut(std::shared_ptr<const QuantizedDotsProblem> problem);
 
 }  // namespace fedfuse
 

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "contract/compressed.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/private.h"
@@ -29,6 +30,11 @@ std::string enqueue(const StackProblem& problem, Stream stream);
 std::string enqueue(const ClientNormsProblem& problem, Stream stream);
 std::string enqueue(const PrivateSumProblem& problem, Stream stream);
 std::string enqueue(const ServerUpdateProblem& problem, Stream stream);
+std::string enqueue(const SparseSumProblem& problem, Stream stream);
+std::string enqueue(const SparseSpreadProblem& problem, Stream stream);
+std::string enqueue(const SparseDotsProblem& problem, Stream stream);
+std::string enqueue(const QuantizedSumProblem& problem, Stream stream);
+std::string enqueue(const QuantizedDotsProblem& problem, Stream stream);
 
 }  // namespace cuda
 }  // namespace fedfuse

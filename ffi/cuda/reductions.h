@@ -12,10 +12,10 @@ namespace cuda {
 
 inline constexpr int kReductionThreads = 256;
 
-// Adds what the threads have, as a fixed tree; the sum ends up in sums[0].
-template <typename Threads>
-FEDFUSE_DEVICE void add_up(double (&sums)[kReductionThreads], Threads& team) {
-  for (int distance = kReductionThreads / 2; distance > 0; distance /= 2) {
+// Adds what the threads have, as a fixed tree; the sum ends up in sums[0]. kThreads is a power of two.
+template <int kThreads, typename Threads>
+FEDFUSE_DEVICE void add_up(double (&sums)[kThreads], Threads& team) {
+  for (int distance = kThreads / 2; distance > 0; distance /= 2) {
     team.each([&](int thread, auto&) {
       if (thread < distance) sums[thread] += sums[thread + distance];
     });

@@ -45,8 +45,9 @@ class Team {
   State state_;
 };
 
-// Integers only: their sums do not depend on the order.
+// Integers only: their sums and minima do not depend on the order.
 FEDFUSE_DEVICE void add_to_shared(std::uint32_t* counter, std::uint32_t count) { atomicAdd(counter, count); }
+FEDFUSE_DEVICE void lower_shared(std::uint32_t* least, std::uint32_t value) { atomicMin(least, value); }
 
 // How many blocks of a kernel should fit on a multiprocessor at once; 0 leaves it to the compiler, which then trades a
 // few spilled registers for one block more where it likes to.
@@ -94,6 +95,7 @@ class Team {
 };
 
 inline void add_to_shared(std::uint32_t* counter, std::uint32_t count) { *counter += count; }
+inline void lower_shared(std::uint32_t* least, std::uint32_t value) { *least = value < *least ? value : *least; }
 
 template <typename Body>
 std::string launch(const typename Body::Parameters& p, Stream) {

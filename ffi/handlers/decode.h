@@ -34,6 +34,8 @@ inline Type decode_type(xla::ffi::DataType type) {
       return Type::kUInt8;
     case xla::ffi::DataType::U32:
       return Type::kUInt32;
+    case xla::ffi::DataType::S8:
+      return Type::kInt8;
     default:
       return Type::kOther;
   }

@@ -16,6 +16,7 @@
 
 #include "cuda/operations.h"
 #include "math/half.h"
+#include "math/ordered_keys.h"
 
 namespace fedfuse {
 namespace cuda {
@@ -24,14 +25,14 @@ namespace {
 int passed = 0, failed = 0;
 std::mt19937_64 random_bits(1);
 
-void expect(bool condition, const std::string& what) {
+[[maybe_unused]] void expect(bool condition, const std::string& what) {
   ++(condition ? passed : failed);
   if (!condition && failed <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
 // ---- Arrays ---------------------------------------------------------------------------------------------------------
 
-double get(Type type, const std::byte* data, std::int64_t index) {
+[[maybe_unused]] double get(Type type, const std::byte* data, std::int64_t index) {
   const auto as = [&](auto value) {
     std::memcpy(&value, data + index * sizeof value, sizeof value);
     return value;
@@ -54,7 +55,7 @@ double get(Type type, const std::byte* data, std::int64_t index) {
   }
 }
 
-void put(Type type, double value, std::byte* data, std::int64_t index) {
+[[maybe_unused]] void put(Type type, double value, std::byte* data, std::int64_t index) {
   const auto as = [&](auto element) { std::memcpy(data + index * sizeof element, &element, sizeof element); };
   switch (type) {
     case Type::kFloat64:
@@ -103,13 +104,13 @@ struct Array {
   std::unique_ptr<std::byte[]> memory;
 };
 
-std::vector<View> views_of(const std::vector<Array>& arrays) {
+[[maybe_unused]] std::vector<View> views_of(const std::vector<Array>& arrays) {
   std::vector<View> views;
   for (const Array& array : arrays) views.push_back(array.view);
   return views;
 }
 
-double normal() { return std::normal_distribution<double>()(random_bits); }
+[[maybe_unused]] double normal() { return std::normal_distribution<double>()(random_bits); }
 
 [[maybe_unused]] Type accumulator(Type type) { return accumulator_of(type); }
 
@@ -150,7 +151,8 @@ double normal() { return std::normal_distribution<double>()(random_bits); }
   }
 }
 
-Shape shape_of(std::vector<std::int64_t> batch, std::int64_t clients, std::vector<std::int64_t> coordinates) {
+[[maybe_unused]] Shape shape_of(std::vector<std::int64_t> batch, std::int64_t clients,
+                                std::vector<std::int64_t> coordinates) {
   Shape shape;
   shape.batch.rank = static_cast<int>(batch.size());
   for (int axis = 0; axis < kMaxBatchDims; ++axis) shape.batch.sizes[axis] = axis < shape.batch.rank ? batch[axis] : 1;
@@ -186,7 +188,7 @@ void run(const std::string& what, const Problem& problem, const std::vector<Arra
   return result;
 }
 
-bool is_close(double got, double expected, double tolerance) {
+[[maybe_unused]] bool is_close(double got, double expected, double tolerance) {
   if (std::isnan(expected)) return std::isnan(got);
   return got == expected || std::fabs(got - expected) <= tolerance;
 }
