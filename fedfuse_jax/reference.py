@@ -493,7 +493,7 @@ def adaptive_clip_norm(
 ) -> Array:
     """``C · exp(−η (b − γ))``, b the share of clients with ``‖xᵢ‖ ≤ C``, with noise on their count."""
     present = _present(where, norms.shape[0])
-    count = jnp.sum((norms <= clip_norm) & jnp.isfinite(norms) & present, dtype=clip_norm.dtype)
+    count = jnp.sum((norms <= clip_norm) & present, dtype=clip_norm.dtype)
     if key is not None:
         count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
     num_present = jnp.sum(present, dtype=clip_norm.dtype)
