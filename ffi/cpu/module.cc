@@ -51,6 +51,9 @@ FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(mean_around_median, TrimmedMeanProblem, read_mean_around_median);
 FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
 FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
+FEDFUSE_HANDLER(pairwise_squared_distances, PairsProblem, read_pairs);
+FEDFUSE_HANDLER(mix_clients, MixProblem, read_mix);
+FEDFUSE_HANDLER(step_toward_clients, StepProblem, read_step);
 
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
@@ -66,6 +69,9 @@ constexpr NamedHandler kHandlers[] = {
     {"mean_around_median", mean_around_median},
     {"selected_mean", selected_mean},
     {"spread_to_selected", spread_to_selected},
+    {"pairwise_squared_distances", pairwise_squared_distances},
+    {"mix_clients", mix_clients},
+    {"step_toward_clients", step_toward_clients},
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "contract/distances.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/reductions.h"
@@ -21,6 +22,9 @@ Work cut(std::shared_ptr<const ClientDotsProblem> problem);
 Work cut(std::shared_ptr<const FiniteClientsProblem> problem);
 Work cut(std::shared_ptr<const AccumulateProblem> problem);
 Work cut(std::shared_ptr<const StackProblem> problem);
+Work cut(std::shared_ptr<const PairsProblem> problem);
+Work cut(std::shared_ptr<const MixProblem> problem);
+Work cut(std::shared_ptr<const StepProblem> problem);
 
 }  // namespace fedfuse
 

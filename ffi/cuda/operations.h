@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "contract/distances.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/reductions.h"
@@ -24,6 +25,9 @@ std::string enqueue(const ClientDotsProblem& problem, Stream stream);
 std::string enqueue(const FiniteClientsProblem& problem, Stream stream);
 std::string enqueue(const AccumulateProblem& problem, Stream stream);
 std::string enqueue(const StackProblem& problem, Stream stream);
+std::string enqueue(const PairsProblem& problem, Stream stream);
+std::string enqueue(const MixProblem& problem, Stream stream);
+std::string enqueue(const StepProblem& problem, Stream stream);
 
 }  // namespace cuda
 }  // namespace fedfuse
