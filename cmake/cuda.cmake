@@ -64,6 +64,7 @@ endif()
 
 # Networks are most of the compile time: a file for each type lets them be compiled side by side.
 add_library(fedfuse_cuda STATIC
+  ffi/cuda/distances.cu
   ffi/cuda/linear.cu
   ffi/cuda/networks_bfloat16.cu
   ffi/cuda/networks_float16.cu

@@ -18,7 +18,7 @@ from fedfuse_jax import _checks as checks
 from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
 from fedfuse_jax._primitive import REDUCTIONS, Axis, BoundCall, MeshAxes, Operand, Operands, Operation
-from fedfuse_jax.reduce import finite_clients
+from fedfuse_jax.reduce import CLIENT_DOTS, WEIGHTED_SUM, block_sums_workspace, finite_clients
 from fedfuse_jax.robust import coordinate_median
 
 PyTree = Any
@@ -245,39 +245,54 @@ def _step_definition(*, updates: Any, center: Any, weights: Any, where: Any, out
 
 
 def _step_jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array | None]:
+    """By products with whole vectors, each of which is a call: nothing as large as the updates is made on the way."""
     assert call.results is not None
-    clients, weights = call.batch_dims, primals["weights"]
+    updates, center, weights = primals["updates"], primals["center"], primals["weights"]
     *moved, distances = call.results
     # Whoever is not finite or is absent does not pull, and stays as far away as it is.
     counts = jnp.isfinite(distances)
     if primals["where"] is not None:
         counts = counts & primals["where"]
+    step_dtypes = [leaf.dtype.name for leaf in moved]
 
-    def of_those_who_count(values: Array) -> Array:
-        return jnp.where(call.per_client(counts, values.ndim), values, 0)
+    def total_of(numbers: Array, ndim: int) -> Array:
+        return call.scalar(jnp.where(counts, numbers, 0).sum(-1), ndim)
 
-    moved_tangents: list[Array | None] = []
-    distances_tangent = jnp.zeros_like(distances)
-    for leaf, updates in enumerate(primals["updates"]):
-        end = call.over_clients(moved[leaf])
-        updates, start = updates.astype(end.dtype), call.over_clients(primals["center"][leaf])
-        own, shift = tangents["updates"][leaf], tangents["center"][leaf]
-        own = jnp.zeros_like(updates) if own is None else own.astype(end.dtype)
-        shift = jnp.zeros_like(start) if shift is None else call.over_clients(shift)
-        weight = of_those_who_count(call.per_client(weights.astype(end.dtype), end.ndim))
-        terms = weight * (own - shift)
-        if tangents["weights"] is not None:
-            slope = call.per_client(tangents["weights"].astype(end.dtype), end.ndim)
-            terms = terms + slope * of_those_who_count(updates - start)
-        shift_of_end = shift + jnp.sum(of_those_who_count(terms), axis=clients, keepdims=True)
-        moved_tangents.append(
-            jnp.broadcast_to(jnp.squeeze(shift_of_end, clients), moved[leaf].shape).astype(moved[leaf].dtype)
+    def dots(leaves: list[Array], others: list[Array], shared: bool) -> Array:
+        operands = {"updates": leaves, "others": others, "where": counts}
+        return call.bind(CLIENT_DOTS, operands, (distances.dtype.name,), shared=shared)[0]
+
+    # Where the step arrives: c + Σ wᵢ (xᵢ − c).
+    shifts = [jnp.zeros_like(leaf) for leaf in moved]
+    for leaf, tangent in enumerate(tangents["center"]):
+        if tangent is not None:
+            shifts[leaf] += tangent * (1 - total_of(weights.astype(tangent.dtype), tangent.ndim))
+    if (slope := tangents["weights"]) is not None:
+        sums = call.bind(
+            WEIGHTED_SUM, {"updates": updates, "weights": slope, "where": counts}, step_dtypes, divide=False
         )
-        length = call.per_client(jnp.where(counts & (distances > 0), distances, 1), end.ndim)
-        direction = of_those_who_count((updates - end) / length.astype(end.dtype))
-        products = of_those_who_count(direction * (own - shift_of_end))
-        distances_tangent += jnp.sum(products, axis=tuple(range(clients + 1, end.ndim))).astype(distances.dtype)
-    return [*moved_tangents, distances_tangent]
+        for leaf, (total, start) in enumerate(zip(sums, center, strict=True)):
+            shifts[leaf] += total - start * total_of(slope.astype(start.dtype), start.ndim)
+    own = [leaf for leaf, tangent in enumerate(tangents["updates"]) if tangent is not None]
+    own_tangents = [tangents["updates"][leaf] for leaf in own]
+    if own:
+        operands = {"updates": own_tangents, "weights": weights, "where": counts}
+        sums = call.bind(WEIGHTED_SUM, operands, [step_dtypes[leaf] for leaf in own], divide=False)
+        for leaf, total in zip(own, sums, strict=True):
+            shifts[leaf] += total
+
+    # How far it is from there: ⟨xᵢ − y, xᵢ' − y'⟩ / ‖xᵢ − y‖.
+    of_end = [
+        jnp.sum(end * shift, axis=tuple(range(call.batch_dims, end.ndim)))
+        for end, shift in zip(moved, shifts, strict=True)
+    ]
+    of_tree = functools.reduce(jnp.add, [product.astype(distances.dtype) for product in of_end])
+    products = of_tree[..., None] - dots(updates, shifts, shared=True)
+    if own:
+        products += dots(own_tangents, [updates[leaf] for leaf in own], shared=False)
+        products -= dots(own_tangents, [moved[leaf] for leaf in own], shared=True)
+    is_away = counts & (distances > 0)
+    return [*shifts, jnp.where(is_away, products / jnp.where(is_away, distances, 1), 0)]
 
 
 def _step_partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
@@ -309,4 +324,5 @@ STEP_TOWARD_CLIENTS = Operation(
     whole_axes=("clients",),
     partitioned=_step_partitioned,
     jvp=_step_jvp,
+    workspace=block_sums_workspace,
 )

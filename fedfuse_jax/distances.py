@@ -17,7 +17,7 @@ from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
 from fedfuse_jax._jax_internals import ad
 from fedfuse_jax._primitive import Axis, BoundCall, MeshAxes, Operand, Operands, Operation
-from fedfuse_jax.reduce import CLIENT_DOTS, _with_tangents, finite_clients, reduction_workspace, weighted_mean
+from fedfuse_jax.reduce import CLIENT_DOTS, _with_tangents, finite_clients, num_blocks, weighted_mean
 from fedfuse_jax.robust import mean_around_median
 
 PyTree = Any
@@ -623,6 +623,7 @@ def _pairs_transpose(call: BoundCall, cotangents: list[Array], operands: Operand
     n_clients = cotangent.shape[-1]
     pairs = ~jnp.eye(n_clients, dtype=bool)
     if (where := operands["where"]) is not None:
+        where = internals.replicated(where)
         pairs = pairs & where[..., :, None] & where[..., None, :]
     cotangent = jnp.where(pairs, cotangent + jnp.swapaxes(cotangent, -1, -2), 0)
     diagonal = jnp.sum(cotangent, axis=-1, keepdims=True) * jnp.eye(n_clients, dtype=cotangent.dtype)
@@ -632,8 +633,17 @@ def _pairs_transpose(call: BoundCall, cotangents: list[Array], operands: Operand
 
 
 def _pairs_workspace(sizes: Any, layout: Any) -> Any:
-    """One float64 per pair of clients and block of coordinates; see ffi/contract/pairs.h."""
-    return reduction_workspace({**sizes, "clients": sizes["clients"] * sizes["clients"]}, layout)
+    """One float64 per pair of clients and segment of the coordinates; see ffi/contract/distances.h."""
+    most_sums, bytes_per_partial = 2**20, 8
+    pairs = sizes["clients"] * sizes["clients"]
+    blocks = num_blocks(sizes, layout)
+    if isinstance(pairs, int) and isinstance(blocks, int):
+        sums = pairs * max(1, min(blocks, most_sums // pairs))
+    else:
+        sums = pairs + most_sums
+    for i in range(layout.batch_dims):
+        sums = sums * sizes[f"batch{i}"]
+    return sums * bytes_per_partial
 
 
 # Of a client that is not finite the distance from itself is NaN. With `others`, the dot products of the differences of
@@ -653,6 +663,7 @@ PAIRWISE_SQUARED_DISTANCES = Operation(
     reduce="sum",
     jvp=_pairs_jvp,
     transpose=_pairs_transpose,
+    workspace=_pairs_workspace,
 )
 
 

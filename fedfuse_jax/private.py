@@ -16,7 +16,7 @@ from fedfuse_jax import _checks as checks
 from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
 from fedfuse_jax._primitive import Axis, BoundCall, MeshAxes, Operand, Operands, Operation, all_reduce
-from fedfuse_jax.reduce import CLIENT_DOTS, WEIGHTED_SUM, reduction_workspace
+from fedfuse_jax.reduce import CLIENT_DOTS, WEIGHTED_SUM, block_sums_workspace
 
 PyTree = Any
 
@@ -329,7 +329,7 @@ def _attributes(operation: Operation) -> dict[str, bool]:
 
 def norms_workspace(sizes: Any, layout: Any) -> Any:
     """A sum and an exponent, float64, per client and block of coordinates; see ffi/contract/private.h."""
-    return 2 * reduction_workspace(sizes, layout)
+    return 2 * block_sums_workspace(sizes, layout)
 
 
 def _norms_definition(*, updates: Any, where: Any, out_dtypes: Any) -> list[Array]:

@@ -527,19 +527,25 @@ WEIGHTED_SPREAD = Operation(
 # --- Norms and dots ---------------------------------------------------------------------------------------------
 
 
-def reduction_workspace(sizes: Any, layout: Any) -> Any:
-    """One float64 per client and block of coordinates; see ffi/contract/reductions.h."""
-    block, bytes_per_partial = 16384, 8
-    blocks = 0
+def num_blocks(sizes: Any, layout: Any) -> Any:
+    """The blocks of coordinates that sums over coordinates are taken in, of all leaves; see ffi/contract."""
+    block, blocks = 16384, 0
     for leaf in range(layout.num_leaves):
         coordinates = 1
         for axis, size in sizes.items():
             if axis.startswith(f"leaf{leaf}."):
                 coordinates = coordinates * size
         blocks = blocks + (coordinates + block - 1) // block
+    return blocks
+
+
+def block_sums_workspace(sizes: Any, layout: Any) -> Any:
+    """One float64 per client and block of coordinates."""
+    bytes_per_partial = 8
+    partials = num_blocks(sizes, layout) * sizes["clients"]
     for i in range(layout.batch_dims):
-        blocks = blocks * sizes[f"batch{i}"]
-    return blocks * sizes["clients"] * bytes_per_partial
+        partials = partials * sizes[f"batch{i}"]
+    return partials * bytes_per_partial
 
 
 def _dots_definition(*, updates: Any, others: Any, where: Any, out_dtypes: Any, shared: bool) -> list[Array]:
@@ -595,7 +601,7 @@ CLIENT_DOTS = Operation(
     reduce="sum",
     jvp=_dots_jvp,
     transpose=_dots_transpose,
-    workspace=reduction_workspace,
+    workspace=block_sums_workspace,
 )
 
 
@@ -624,7 +630,7 @@ SQUARED_NORMS = Operation(
     definition=_norms_definition,
     reduce="sum",
     jvp=_norms_jvp,
-    workspace=reduction_workspace,
+    workspace=block_sums_workspace,
 )
 
 FINITE_CLIENTS = Operation(

@@ -346,11 +346,16 @@ def pairwise_squared_distances(updates: PyTree, *, where: Array | None = None) -
     return jnp.where(present[:, None] & present[None], squares, jnp.inf)
 
 
+def _touched(leaf: Array, weights: Array) -> Array:
+    """The leaf, without what would make NaN of a weight of 0; where it makes 0, the weight has a derivative."""
+    return jnp.where(_over_parameters(weights != 0, leaf) | jnp.isfinite(leaf), leaf, 0)
+
+
 def mix_clients(updates: PyTree, mixing: Array, *, out_dtype: Any = None) -> PyTree:
     """``Σᵢ Mᵣᵢ xᵢ`` for every row r of the matrix; whoever's coefficient is 0 is not touched, NaN or not."""
 
     def mix_leaf(leaf: Array) -> Array:
-        rows = lax.map(lambda row: weighted_sum(leaf, row, where=row != 0), mixing)
+        rows = lax.map(lambda row: weighted_sum(_touched(leaf, row), row), mixing)
         return rows.astype(_result_dtype(leaf, out_dtype))
 
     return jax.tree.map(mix_leaf, updates)
@@ -373,14 +378,14 @@ def step_toward_clients(
     def move_leaf(leaf: Array, start: Array) -> Array:
         start = start.astype(accumulator_dtype(leaf.dtype))
         steps = leaf.astype(start.dtype) - start[None]
-        return start + weighted_sum(steps, weights, where=present & (weights != 0))
+        return start + weighted_sum(_touched(steps, weights), weights, where=where)
 
     moved = jax.tree.map(move_leaf, updates, center)
     differences = jax.tree.leaves(jax.tree.map(lambda leaf, end: leaf.astype(end.dtype) - end[None], updates, moved))
     flat = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])).astype(dtype) for leaf in differences]
-    # Relative to the largest difference no square overflows.
+    # Relative to the largest difference no square overflows, and what it is relative to changes nothing.
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), axis=1, initial=0) for leaf in flat])
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)[:, None]
+    scale = lax.stop_gradient(jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1))[:, None]
     squares = functools.reduce(jnp.add, [_pairwise_sum((leaf / scale) ** 2) for leaf in flat])
     distances = scale[:, 0] * jnp.sqrt(squares)
     distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)

@@ -59,7 +59,9 @@ def test_symbolic_number_of_clients(case):
     scope = export.SymbolicScope()
     n, d = export.symbolic_shape("n, d", scope=scope)
     sampled = to_jax(case.sample(Problem(n_clients=11, shapes=one_array(7))))
-    symbols = {11: n, 7: d}
+    symbols = {11: n, 12: n + 1, 7: d}
+    if "_median" in str(case) and "coordinate" not in str(case):
+        pytest.skip("as many clients are bad as can be: a number that is known where the program is made")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(tuple(symbols.get(k, k) for k in x.shape), x.dtype), sampled)
     if case.row.operation == "trimmed_mean" and "trim_count" not in case.names:
         with pytest.raises(ValueError, match="trimmed_mean: the number of clients is symbolic"):
@@ -189,9 +191,10 @@ def wrong_calls(call):
 # looked at since it is an operand, leaves of any shape where no other buffer has their coordinates, an empty result
 # (for which XLA calls nobody).
 LEAVES = r"(operand|result) [01] of float16"
-TRIM = r"attribute trim = np.int32\((2147483647|0)\)"
+TRIM = r"attribute trim = np.int32\(\d+\)"
+AROUND = r"attribute around_median = (True|False)"
 ANY_SHAPE = r"operand [01] of shape \(5.*\)"
-LARGER = r"result 1 of shape \((80, 2|1, 80|81,)\)"
+LARGER = r"result [13] of shape \((80, 2|1, 80|81,|400, 2|1, 400|401,)\)"
 # What kernels only count the elements of: dimensions of size 1 more or less, a vector of another length for the same
 # indices, a block larger than what there is.
 FLAT_RESULT = r"result 0 of shape \((1, 3001|1, 1, 13|13,|1, 1, 13, 2|13, 2|5,)\)"
@@ -209,8 +212,12 @@ RIGHT_ALL_THE_SAME = {
     "coordinate_median": rf"{LEAVES}|{TRIM}",
     "trimmed_mean": rf"{LEAVES}|{TRIM}",
     "client_dots": rf"operand [0123] of float16|{LARGER}",
-    "selected_mean": rf"result [01] of float16|{TRIM}",
-    "spread_to_selected": rf"operand [23] of float16|{TRIM}",
+    "selected_mean": rf"result [01] of float16|{TRIM}|{AROUND}",
+    "spread_to_selected": rf"operand [23] of float16|{TRIM}|{AROUND}",
+    "mean_around_median": rf"{LEAVES}|{TRIM}|{AROUND}",
+    "pairwise_squared_distances": rf"{LEAVES}|{ANY_SHAPE}|{LARGER}",
+    "mix_clients": LEAVES,
+    "step_toward_clients": rf"{LEAVES}|{LARGER}",
     "client_norms": rf"{LEAVES}|{ANY_SHAPE}|result 1 of shape \((160, 2|1, 160|161,)\)",
     "clipped_weighted_sum": r"operand [01] of float16|result 3 of shape \((240, 2|1, 240|241,)\)",
     "noisy_weighted_sum": r"operand [01] of float16",

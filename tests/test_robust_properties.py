@@ -281,6 +281,24 @@ def test_krum_scores_by_definition():
     assert np.isnan(ff.krum_scores(distances, 2, where=where)).all()
 
 
+# --- Around the median ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_an_infinite_median(bad):
+    """It is at no distance from itself."""
+    x = jnp.array([[1.0], [2.0], [bad], [bad], [bad]])
+    assert ff.mean_around_median(x, 4).tolist() == [[bad]] or ff.mean_around_median(x, 4).tolist() == [bad]
+
+
+def test_values_that_nearly_tie():
+    """Values about as far below the median as above: their sum with it rounds alike, and they still do not tie."""
+    tiny = 2.0**-30
+    for low, high, kept in ((tiny, 4.0, tiny), (-tiny, 4.0, 4.0), (0.0, 4.0, 0.0)):
+        got = ff.mean_around_median(jnp.array([[low], [2.0], [high]], jnp.float32), 1)
+        assert got.tolist() == [np.float32((np.float32(kept) + np.float32(2)) / 2)]
+
+
 # --- Mixing and bucketing -----------------------------------------------------------------------------------------
 
 
@@ -302,6 +320,13 @@ def test_buckets_of_those_who_are_there():
     assert not got[3].any()
     counts = [3, 3, len(active) - 6]
     np.testing.assert_allclose(np.array(counts) @ got[:3], active.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_duplicates_come_after_oneself():
+    """Whose gradient it is tells them apart."""
+    x = jnp.zeros((4, 2))
+    weights = jax.jacobian(lambda x: ff.nearest_neighbor_mixing(x, 3)[:, 0])(x)[..., 0]
+    assert np.array_equal(weights, np.eye(4))
 
 
 def test_mixing_alone():

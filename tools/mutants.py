@@ -30,7 +30,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
-ADAPTERS = "adapters"
+BYZANTINE, ADAPTERS = "byzantine", "adapters"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -49,6 +49,11 @@ FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py"
 def sharding(*words: str) -> tuple[str, ...]:
     """Sharding tests of some operations."""
     return ("tests/test_sharding.py", "-k", " and ".join(words))
+
+
+def properties(words: str) -> tuple[str, ...]:
+    """Tests of what the robust rules promise."""
+    return ("tests/test_robust_properties.py", "-k", words)
 
 
 def battery(*words: str) -> tuple[str, ...]:
@@ -80,6 +85,7 @@ LINEAR_KERNEL, LINEAR_TILES = "ffi/cpu/kernels/linear.cc", "ffi/cpu/linear.cc"
 REDUCTIONS, STREAMING, READER = "ffi/cpu/reductions.cc", "ffi/cpu/streaming.cc", "ffi/contract/reader.cc"
 ORDER_KERNEL, ORDER_TILES = "ffi/cpu/kernels/order_statistics_impl.h", "ffi/cpu/order_statistics.cc"
 RADIX, NETWORK_TILE = "ffi/cpu/kernels/radix_select.h", "ffi/cpu/kernels/network_tile.h"
+DISTANCES, CENTERS = "fedfuse_jax/distances.py", "fedfuse_jax/centers.py"
 KEYS, GENERATOR = "ffi/math/ordered_keys.h", "ffi/math/networks.py"
 PRIVATE_RULES, SERVER_OPERATIONS = "fedfuse_jax/private.py", "fedfuse_jax/server.py"
 PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
@@ -106,7 +112,8 @@ MUTANTS = (
            "the pairwise sum drops a coordinate", battery("odd_sizes", "norms"), without_kernels=True),
     Mutant(LINEAR, REFERENCE, "return dots if where is None else jnp.where(where, dots, 0)", "return dots",
            "an absent client keeps its norm", DEFINITIONS),
-    Mutant(LINEAR, REFERENCE, "jnp.isfinite(leaf)", "~jnp.isnan(leaf)", "infinity passes for finite", DEFINITIONS),
+    Mutant(LINEAR, REFERENCE, "jnp.all(jnp.isfinite(leaf)", "jnp.all(~jnp.isnan(leaf)",
+           "infinity passes for finite", DEFINITIONS),
     Mutant(LINEAR, REFERENCE, "return jnp.all(jnp.stack(finite), axis=0)", "return jnp.any(jnp.stack(finite), axis=0)",
            "one good leaf excuses the others", DEFINITIONS),
     Mutant(LINEAR, REFERENCE, "weight.astype(leaf.dtype) * new.astype(leaf.dtype)",
@@ -131,7 +138,7 @@ MUTANTS = (
     Mutant(LINEAR, REDUCE, "sums, _masked(operands[\"weights\"], operands[\"where\"]).sum(-1)), names)",
            "sums, operands[\"weights\"].sum(-1)), names)",
            "sharded clients: absent ones weigh in", sharding("test_jit", "weighted_mean", "clients")),
-    Mutant(LINEAR, PRIMITIVE, "[jnp.where(first, reduction.summand(x), 0) for x in part]",
+    Mutant(LINEAR, PRIMITIVE, "[jnp.where(counts(), reduction.summand(x), 0) for x in part]",
            "[reduction.summand(x) for x in part]",
            "a replicated leaf counts once a device", sharding("test_jit", "norms", "differently")),
     Mutant(LINEAR, PRIMITIVE, "cotangent = jnp.sum(cotangent, axis=shared, keepdims=True)",
@@ -146,14 +153,15 @@ MUTANTS = (
            "the absent come first", DEFINITIONS),
     Mutant(ORDER, REFERENCE, "0, num_present - 2 * trim_count)", "0, num_present - trim_count)",
            "trims one end only", DEFINITIONS),
-    Mutant(ORDER, REFERENCE, "(ranks >= trim_count) &", "(ranks > trim_count) &", "off by one rank", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "(ranks >= first) &", "(ranks > first) &", "off by one rank", DEFINITIONS),
     Mutant(ORDER, REFERENCE, "jnp.where(trim_count < 0, 0,", "jnp.where(trim_count < -9, 0,",
            "a negative trim makes up clients", DEFINITIONS),
-    Mutant(ORDER, REFERENCE, "jnp.where(jnp.isfinite(total), total / count, jnp.sum(kept / count, axis=0))",
-           "total / count", "the mean of two great values overflows", DEFINITIONS),
-    Mutant(ORDER, REFERENCE, "jnp.where(num_kept > 0, mean, jnp.nan)", "mean", "nobody's mean is zero", DEFINITIONS),
-    Mutant(ORDER, REFERENCE, "kept = jnp.where(selected, value.astype(dtype), 0)",
-           "kept = jnp.where(selected, value, 0)", "adds up in the leaf's low precision",
+    Mutant(ORDER, REFERENCE, "return jnp.where(jnp.isfinite(mean), mean, scaled)",
+           "return mean", "the mean of two great values overflows", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "jnp.maximum(num_kept, 1).astype(dtype), jnp.nan)",
+           "jnp.maximum(num_kept, 1).astype(dtype), 0)", "nobody's mean is zero", DEFINITIONS),
+    Mutant(ORDER, REFERENCE, "jnp.sum(jnp.where(selected, values.astype(dtype), 0), axis=0)",
+           "jnp.sum(jnp.where(selected, values, 0), axis=0).astype(dtype)", "adds up in the leaf's low precision",
            battery("dtypes", "(median or trimmed)"), without_kernels=True),
     Mutant(ORDER, REFERENCE, "int(trim_fraction * m)", "int(np.float32(trim_fraction) * np.float32(m))",
            "0.29 of 100 clients is 29 in float32", DEFINITIONS),
@@ -211,16 +219,17 @@ MUTANTS = (
            battery("run_after_run", "stack")),
     Mutant(LINEAR, READER, "own != 1 && own != size", "own > size", "accepts a batch that is too small", NATIVE),
     # --- Order statistics: kernels ------------------------------------------------------------------------------
-    Mutant(ORDER, ORDER_TILES, "2 * k < static_cast<std::int64_t>", "k < static_cast<std::int64_t>",
-           "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
-    Mutant(ORDER, ORDER_TILES, "trim < 0 || rows.size() <", "trim < 0 && rows.size() <",
+    Mutant(ORDER, ORDER_TILES, "(static_cast<std::int64_t>(num_rows)) < 1",
+           "(static_cast<std::int64_t>(num_rows)) < -9", "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
+    Mutant(ORDER, ORDER_TILES, "ranks.trim < 0 || rows.size() <", "ranks.trim < 0 && rows.size() <",
            "an absent client's gradient is whatever was there",
            battery("(absent or eager or where)", "(median or spread)")),
     Mutant(ORDER, ORDER_TILES, "std::numeric_limits<float>::quiet_NaN()", "0.0f", "a silent zero model",
            battery("where_may", "median")),
     Mutant(ORDER, ORDER_KERNEL, "skip -= bits_as<Lane>(key_of_rank(rank) == low)", "skip = Vector<Lane>{}",
            "ties at the lower end are all kept", battery("ties", "(spread or selected)")),
-    Mutant(ORDER, ORDER_KERNEL, "to_take[group + i] = num_rows - trim -", "to_take[group + i] = num_rows - trim - 1 -",
+    Mutant(ORDER, ORDER_KERNEL, "to_take[group + i] = first_ranks[i] + count -",
+           "to_take[group + i] = first_ranks[i] + count - 1 -",
            "one who ties at the upper end is lost", ("tests/test_order_statistics.py", "-k", "follow")),
     Mutant(ORDER, ORDER_KERNEL, "sums[vector][part] / static_cast<Accumulator>(count)", "sums[vector][part]",
            "a sum of tangents instead of their mean", battery("eager", "selected_mean")),
@@ -336,6 +345,52 @@ MUTANTS = (
            battery("eager", "fedyogi")),
     Mutant(SERVER, SERVER_RULES, "(square_root(second) + rates.tau)", "square_root(second + rates.tau)",
            "tau under the root", battery("eager", "fedadagrad")),
+    # --- Byzantine-robust rules: definitions --------------------------------------------------------------------
+    Mutant(BYZANTINE, REFERENCE, "slides = _sum_is_less(lost, gained, a[None], b[None]) | reached",
+           "slides = _sum_is_less(lost, gained, a[None], b[None])", "an infinite median keeps what is finite",
+           properties("every_allowed or infinite_median"), without_kernels=True),
+    Mutant(BYZANTINE, REFERENCE, "return (left < right) | ((left == right) & (left_rest < right_rest))",
+           "return left < right", "a sum that rounds alike ties", properties("nearly_tie"), without_kernels=True),
+    Mutant(BYZANTINE, REFERENCE, "squares = jnp.where(jnp.isnan(squares), jnp.inf, squares)", "pass",
+           "NaN for a distance", properties("far_from_everyone"), without_kernels=True),
+    Mutant(BYZANTINE, REFERENCE, "weighted_sum(_touched(steps, weights), weights", "weighted_sum(steps, weights",
+           "a client of weight 0 is touched", properties("bad_clients"), without_kernels=True),
+    # --- Byzantine-robust rules: rules --------------------------------------------------------------------------
+    Mutant(BYZANTINE, DISTANCES, "num_byzantine - 2\n\n\ndef _to_others", "num_byzantine - 1\n\n\ndef _to_others",
+           "one neighbour more than the paper's", properties("every_allowed and krum")),
+    Mutant(BYZANTINE, DISTANCES, "& ~jnp.eye(n_clients, dtype=bool)\n    return jnp.where(pairs & ~",
+           "\n    return jnp.where(pairs & ~", "a client is its own neighbour", properties("every_allowed and krum")),
+    Mutant(BYZANTINE, DISTANCES, "return jnp.isfinite(scores) & (ranks < wanted)", "return (ranks < wanted)",
+           "a client of infinite score is chosen", properties("never_chosen")),
+    Mutant(BYZANTINE, DISTANCES, "(step < num_present - 2 * f)", "(step <= num_present - 2 * f)",
+           "one pick too many", properties("bulyan and where_is")),
+    Mutant(BYZANTINE, DISTANCES, "return left & ~picked", "return left", "the same client is picked again",
+           properties("every_allowed and bulyan")),
+    Mutant(BYZANTINE, DISTANCES, "to_all = jnp.where(itself, -1,", "to_all = jnp.where(itself, 0,",
+           "a duplicate comes before itself", properties("duplicates")),
+    Mutant(BYZANTINE, DISTANCES, "shuffled[jnp.argsort(~active[shuffled], stable=True)]", "shuffled",
+           "absent clients take room in buckets", properties("buckets_of_those")),
+    Mutant(BYZANTINE, DISTANCES, "diagonal - cotangent}", "cotangent - diagonal}", "the gradient's wrong sign",
+           battery("deriv", "distances")),
+    Mutant(BYZANTINE, CENTERS, "shares = jnp.where(clipped,", "shares = jnp.where(finite,",
+           "differences within the radius are stretched to it", properties("every_allowed and clipping")),
+    Mutant(BYZANTINE, CENTERS, "jnp.where(counts(), distances, 0)", "distances",
+           "a replicated leaf counts once a device", sharding("test_jit", "step_toward", "differently")),
+    Mutant(BYZANTINE, CENTERS, "products -= dots(own_tangents",
+           "products -= 0 * dots(own_tangents", "distances from a point that does not move",
+           battery("deriv", "step_toward")),
+    # --- Byzantine-robust rules: kernels ------------------------------------------------------------------------
+    Mutant(BYZANTINE, "ffi/math/around_median.h", "(left < right) |", "(left <= right) |", "of two as near the greater",
+           battery("ties", "mean_around_median")),
+    Mutant(BYZANTINE, ORDER_KERNEL, "const Sum half = overflows ?", "const Sum half = false ? ",
+           "the sum of two great values overflows", battery("overflow", "mean_around_median")),
+    Mutant(BYZANTINE, "ffi/cpu/distances.cc", "if (coefficient == 0) continue;", "", "zero times NaN",
+           battery("not_finite", "mix_clients")),
+    Mutant(BYZANTINE, "ffi/cpu/distances.cc", "segment < problem.segments; ++segment) {\n          sum",
+           "segment < 1; ++segment) {\n          sum", "the first segment alone",
+           battery("run_after_run", "distances")),
+    Mutant(BYZANTINE, LINEAR_KERNEL, "if (column < end) {\n        add(end - column);", "if (column < end) {",
+           "the last columns are dropped", battery("odd_sizes", "distances")),
     # --- Adapters -----------------------------------------------------------------------------------------------
     Mutant(ADAPTERS, PRE_AGGREGATORS, "return mixed, _finite(updates, where), state", "return mixed, where, state",
            "rows of nobody take part after mixing", FEDJAX_RULES),

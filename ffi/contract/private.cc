@@ -19,7 +19,7 @@ std::string read_client_norms(const Call& call, ClientNormsProblem* problem) {
   if (reader.flag("has_where")) problem->where = reader.operand("where", Axis::kClients, {Type::kBool});
   problem->norms = reader.result("norms", Axis::kClients, kAccumulators);
   problem->shape = reader.shape();
-  problem->first_block = reduction_blocks(problem->shape);
+  problem->first_block = first_blocks(problem->shape);
   problem->partials =
       reinterpret_cast<ScaledSum*>(reader.workspace(count_partials(*problem) * std::int64_t{sizeof(ScaledSum)}));
   return reader.finish();
@@ -55,7 +55,7 @@ std::string read_private_sum(const Call& call, PrivateSumProblem* problem) {
     norms.shape = problem->shape;
     norms.updates = problem->updates;
     norms.where = problem->where;
-    norms.first_block = reduction_blocks(norms.shape);
+    norms.first_block = first_blocks(norms.shape);
     const std::int64_t factors = norms.shape.batch.count * norms.shape.clients;
     std::byte* const workspace = reader.workspace(count_partials(norms) * std::int64_t{sizeof(ScaledSum)} +
                                                   factors * std::int64_t{sizeof(ClipFactor)});

@@ -146,7 +146,9 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
     return View();
   }
   std::size_t position = shape_.batch.rank;
-  if (buffer.dims.size() < position + (axis == Axis::kClients)) {
+  const bool has_rows = axis == Axis::kRows || axis == Axis::kRowsOfClients;
+  const bool has_clients = axis == Axis::kClients || axis == Axis::kRowsOfClients;
+  if (buffer.dims.size() < position + has_rows + has_clients) {
     fail(described + "; it needs more dimensions");
     return View();
   }
@@ -156,7 +158,15 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
       return View();
     }
   }
-  if (axis == Axis::kClients) {
+  if (has_rows) {
+    const std::int64_t rows = buffer.dims[position++];
+    if (rows_ == 0) rows_ = rows;
+    if (rows != rows_ || rows < 1) {
+      fail(described + "; it needs " + std::to_string(std::max<std::int64_t>(rows_, 1)) + " rows");
+      return View();
+    }
+  }
+  if (has_clients) {
     const std::int64_t clients = buffer.dims[position++];
     if (shape_.clients == 0) shape_.clients = clients;
     if (clients != shape_.clients || clients < 1) {

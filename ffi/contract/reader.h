@@ -12,8 +12,9 @@
 
 namespace fedfuse {
 
-// The leading axis of an operand, after the batch and before the leaf's parameters.
-enum class Axis { kNone, kClients };
+// The leading axes of an operand, after the batch and before the leaf's parameters. How many rows there are is learned
+// as the number of clients is.
+enum class Axis { kNone, kClients, kRows, kRowsOfClients };
 
 class Reader {
  public:
@@ -25,6 +26,7 @@ class Reader {
 
   // The number of clients, where no operand shows it.
   void set_clients(std::int64_t clients) { shape_.clients = clients; }
+  void set_rows(std::int64_t rows) { rows_ = rows; }
 
   // The next operand or result.
   View operand(const char* name, Axis axis, std::initializer_list<Type> types);
@@ -45,7 +47,7 @@ class Reader {
   // The next result as scratch memory of at least so many bytes.
   std::byte* workspace(std::int64_t bytes);
 
-  // Views that need to have the same type.
+  // Views that need to have the same type, or that of what they are summed in.
   void same_types(const char* name, const std::vector<View>& views, const std::vector<View>& models);
 
   // Views that need to have the types in which sums of the models' types are kept.
@@ -57,6 +59,7 @@ class Reader {
   }
 
   const Shape& shape() const { return shape_; }
+  std::int64_t rows() const { return rows_; }
 
   // Empty if every buffer was read and all of them fit; otherwise what does not.
   std::string finish();
@@ -81,6 +84,7 @@ class Reader {
   Cursor operands_;
   Cursor results_;
   Shape shape_;
+  std::int64_t rows_ = 0;
   std::vector<std::vector<std::int64_t>> parameters_;  // the dimensions of each leaf, once one was read
   std::string error_;
 };

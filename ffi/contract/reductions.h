@@ -13,6 +13,15 @@ namespace fedfuse {
 // the number of threads nor the size of a chunk can change them. fedfuse_jax/reduce.py sizes the workspace by it.
 inline constexpr std::int64_t kReductionBlock = 16384;
 
+// The first block of each leaf, and one past the last.
+inline std::vector<std::int64_t> first_blocks(const Shape& shape) {
+  std::vector<std::int64_t> first = {0};
+  for (const std::int64_t coordinates : shape.coordinates) {
+    first.push_back(first.back() + (coordinates + kReductionBlock - 1) / kReductionBlock);
+  }
+  return first;
+}
+
 struct ClientDotsProblem {
   Shape shape;
   std::vector<View> updates;  // (clients, parameters)
@@ -30,15 +39,6 @@ struct FiniteClientsProblem {
   std::vector<View> updates;  // (clients, parameters)
   View finite;                // (clients) of bool
 };
-
-// The first block of each leaf, and one past the last.
-inline std::vector<std::int64_t> reduction_blocks(const Shape& shape) {
-  std::vector<std::int64_t> first_block = {0};
-  for (std::int64_t coordinates : shape.coordinates) {
-    first_block.push_back(first_block.back() + (coordinates + kReductionBlock - 1) / kReductionBlock);
-  }
-  return first_block;
-}
 
 std::string read_squared_norms(const Call& call, ClientDotsProblem* problem);
 std::string read_client_dots(const Call& call, ClientDotsProblem* problem);

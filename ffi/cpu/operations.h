@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "contract/compressed.h"
+#include "contract/distances.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/private.h"
@@ -32,6 +33,9 @@ Work cut(std::shared_ptr<const SparseSpreadProblem> problem);
 Work cut(std::shared_ptr<const SparseDotsProblem> problem);
 Work cut(std::shared_ptr<const QuantizedSumProblem> problem);
 Work cut(std::shared_ptr<const QuantizedDotsProblem> problem);
+Work cut(std::shared_ptr<const PairsProblem> problem);
+Work cut(std::shared_ptr<const MixProblem> problem);
+Work cut(std::shared_ptr<const StepProblem> problem);
 
 }  // namespace fedfuse
 

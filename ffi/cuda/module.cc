@@ -63,6 +63,9 @@ FEDFUSE_HANDLER(sparse_spread, SparseSpreadProblem, read_sparse_spread);
 FEDFUSE_HANDLER(sparse_dots, SparseDotsProblem, read_sparse_dots);
 FEDFUSE_HANDLER(quantized_weighted_sum, QuantizedSumProblem, read_quantized_sum);
 FEDFUSE_HANDLER(quantized_dots, QuantizedDotsProblem, read_quantized_dots);
+FEDFUSE_HANDLER(pairwise_squared_distances, PairsProblem, read_pairs);
+FEDFUSE_HANDLER(mix_clients, MixProblem, read_mix);
+FEDFUSE_HANDLER(step_toward_clients, StepProblem, read_step);
 
 constexpr NamedHandler kHandlers[] = {
     {"weighted_sum", weighted_sum},
@@ -91,6 +94,9 @@ constexpr NamedHandler kHandlers[] = {
     {"sparse_dots", sparse_dots},
     {"quantized_weighted_sum", quantized_weighted_sum},
     {"quantized_dots", quantized_dots},
+    {"pairwise_squared_distances", pairwise_squared_distances},
+    {"mix_clients", mix_clients},
+    {"step_toward_clients", step_toward_clients},
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "contract/compressed.h"
+#include "contract/distances.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
 #include "contract/private.h"
@@ -35,6 +36,9 @@ std::string enqueue(const SparseSpreadProblem& problem, Stream stream);
 std::string enqueue(const SparseDotsProblem& problem, Stream stream);
 std::string enqueue(const QuantizedSumProblem& problem, Stream stream);
 std::string enqueue(const QuantizedDotsProblem& problem, Stream stream);
+std::string enqueue(const PairsProblem& problem, Stream stream);
+std::string enqueue(const MixProblem& problem, Stream stream);
+std::string enqueue(const StepProblem& problem, Stream stream);
 
 }  // namespace cuda
 }  // namespace fedfuse

@@ -238,8 +238,135 @@ struct Linear {
     return !any(found);
   }
 
+  static FEDFUSE_INLINE Wide difference(const Wide& a, const Wide& b) {
+    Wide result;
+    for (int part = 0; part < kParts; ++part) result.parts[part] = a.parts[part] - b.parts[part];
+    return result;
+  }
+
+  static void step(const void* const* row_pointers, const void* weight_pointer, std::int64_t num_rows,
+                   std::int64_t columns, const void* center_pointer, void* out_pointer) {
+    const Lane* const* rows = reinterpret_cast<const Lane* const*>(row_pointers);
+    const Accumulator* weights = static_cast<const Accumulator*>(weight_pointer);
+    const Accumulator* center = static_cast<const Accumulator*>(center_pointer);
+    Accumulator* out = static_cast<Accumulator*>(out_pointer);
+    const auto moved = [=](const Wide& from, auto wide_row) __attribute__((always_inline)) {
+      Wide sum = {};
+      for (std::int64_t row = 0; row < num_rows; ++row) {
+        add_product(&sum, weights[row], difference(wide_row(rows[row]), from));
+      }
+      for (int part = 0; part < kParts; ++part) sum.parts[part] += from.parts[part];
+      return sum;
+    };
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) {
+      store_accumulators(out + column,
+                         moved(load_accumulators(center + column),
+                               [=](const Lane* row) __attribute__((always_inline)) { return widened(row + column); }));
+    }
+    if (const std::int64_t rest = columns - column; rest > 0) {
+      AccumulatorTail sums(center + column, rest);
+      store_accumulators(sums.values,
+                         moved(load_accumulators(sums.values), [=](const Lane* row) __attribute__((always_inline)) {
+                           return widened(Tail(row + column, rest).elements);
+                         }));
+      __builtin_memcpy(out + column, sums.values, rest * sizeof(Accumulator));
+    }
+  }
+
+  static double squared_distance(const void* row_pointer, const void* others_pointer, std::int64_t columns) {
+    const Lane* row = static_cast<const Lane*>(row_pointer);
+    const Accumulator* others = static_cast<const Accumulator*>(others_pointer);
+    return sum_products(
+        columns,
+        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
+          const Wide values = difference(widened(row + column), load_accumulators(others + column));
+          sums->add(chain, values, values);
+        },
+        [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
+          const Wide values = difference(widened(Tail(row + column, count).elements),
+                                         load_accumulators(AccumulatorTail(others + column, count).values));
+          sums->add(0, values, values);
+        });
+  }
+
+  // As many rows of b as there are registers for sums next to kPairRows of a.
+  static constexpr int kPairSide = kVectorBytes == 64 ? kPairRows : kPairRows / 2;
+  static constexpr int kShortBlock = 32;  // vectors whose products are added in the accumulator type
+
+  // Rows at one column, widened.
+  template <int kRows>
+  static FEDFUSE_INLINE void widen_rows(const void* const* rows, std::int64_t column, std::int64_t count, Wide* wide) {
+    for (int row = 0; row < kRows; ++row) {
+      const Lane* const from = static_cast<const Lane*>(rows[row]) + column;
+      wide[row] = count >= kColumns ? widened(from) : widened(Tail(from, count).elements);
+    }
+  }
+
+  template <bool kSquares>
+  static void multiply_differences(const void* const* a, const void* const* b, const void* const* a_factors,
+                                   const void* const* b_factors, std::int64_t columns, double* sums) {
+    Vector<double> totals[kPairRows][kPairSide] = {};
+    for (std::int64_t column = 0; column < columns;) {
+      Vector<Accumulator> block[kPairRows][kPairSide] = {};
+      const std::int64_t end = column + kShortBlock * kColumns < columns ? column + kShortBlock * kColumns : columns;
+      const auto add = [&](std::int64_t count) __attribute__((always_inline)) {
+        Wide wide_a[kPairRows], wide_b[kPairSide], factors_a[kPairRows], factors_b[kPairSide];
+        widen_rows<kPairRows>(a, column, count, wide_a);
+        widen_rows<kPairSide>(b, column, count, wide_b);
+        if constexpr (!kSquares) {
+          widen_rows<kPairRows>(a_factors, column, count, factors_a);
+          widen_rows<kPairSide>(b_factors, column, count, factors_b);
+        }
+        for (int part = 0; part < kParts; ++part) {
+          for (int i = 0; i < kPairRows; ++i) {
+            for (int j = 0; j < kPairSide; ++j) {
+              const Vector<Accumulator> apart = wide_a[i].parts[part] - wide_b[j].parts[part];
+              if constexpr (kSquares) {
+                block[i][j] += apart * apart;
+              } else {
+                block[i][j] += apart * (factors_a[i].parts[part] - factors_b[j].parts[part]);
+              }
+            }
+          }
+        }
+      };
+      for (; column + kColumns <= end; column += kColumns) add(kColumns);
+      if (column < end) {
+        add(end - column);
+        column = end;
+      }
+      for (int i = 0; i < kPairRows; ++i) {
+        for (int j = 0; j < kPairSide; ++j) {
+          if constexpr (sizeof(Accumulator) == sizeof(double)) {
+            totals[i][j] += block[i][j];
+          } else {
+            totals[i][j] += DoubleSums::doubles(block[i][j], 0) + DoubleSums::doubles(block[i][j], 1);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kPairRows; ++i) {
+      for (int j = 0; j < kPairSide; ++j) {
+        for (int lane = 0; lane < kLanes<double>; ++lane) sums[kPairRows * i + j] += totals[i][j][lane];
+      }
+    }
+  }
+
+  static void difference_products(const void* const* a, const void* const* b, const void* const* a_factors,
+                                  const void* const* b_factors, std::int64_t columns, double* sums) {
+    for (int side = 0; side < kPairRows; side += kPairSide) {
+      if (a_factors == nullptr) {
+        multiply_differences<true>(a, b + side, nullptr, nullptr, columns, sums + side);
+      } else {
+        multiply_differences<false>(a, b + side, a_factors, b_factors + side, columns, sums + side);
+      }
+    }
+  }
+
   static constexpr LinearKernels kernels() {
-    return {weighted_sum, accumulate, scale, sum_of_squares, dot, all_finite};
+    return {weighted_sum,     accumulate,         scale, sum_of_squares, dot, all_finite, step,
+            squared_distance, difference_products};
   }
 };
 

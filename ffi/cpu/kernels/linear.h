@@ -1,5 +1,5 @@
-// Sums over clients, and over the coordinates of one client, of a chunk of contiguous elements. Plain pointers in,
-// numbers out, on the calling thread.
+// Sums over clients, and over the coordinates of one client or of two, of a chunk of contiguous elements. Plain
+// pointers in, numbers out, on the calling thread.
 //
 // The accumulator type is double for float64 and float for the others. Every column is summed in the order of the
 // rows, with the same operations wherever in the chunk it stands.
@@ -9,6 +9,9 @@
 #include <cstdint>
 
 namespace fedfuse {
+
+// Rows of either side of the pairs that are worked on at a time.
+inline constexpr int kPairRows = 4;
 
 // Rows are aligned to their element only; weights, divisor, totals and `out` are of the accumulator type.
 struct LinearKernels {
@@ -27,6 +30,19 @@ struct LinearKernels {
   double (*dot)(const void* row, const void* others, std::int64_t columns);
 
   bool (*all_finite)(const void* row, std::int64_t columns);
+
+  // out[c] = center[c] + sum over i of weights[i] * (rows[i][c] - center[c]), center of the accumulator type.
+  void (*step)(const void* const* rows, const void* weights, std::int64_t num_rows, std::int64_t columns,
+               const void* center, void* out);
+
+  // The sum of the squared differences from `others` (of the accumulator type), in float64.
+  double (*squared_distance)(const void* row, const void* others, std::int64_t columns);
+
+  // sums[kPairRows * i + j] += sum over c of (a[i][c] - b[j][c])^2 for kPairRows rows of either; or, unless a_factors
+  // is null, of (a[i][c] - b[j][c]) * (a_factors[i][c] - b_factors[j][c]). A few dozen products are added in the
+  // accumulator type, the rest in float64.
+  void (*difference_products)(const void* const* a, const void* const* b, const void* const* a_factors,
+                              const void* const* b_factors, std::int64_t columns, double* sums);
 };
 
 // One set for each instruction set that the build has; only call what the processor supports.

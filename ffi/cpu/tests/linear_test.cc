@@ -147,6 +147,68 @@ void test_one_row(Type type, std::int64_t columns) {
   }
 }
 
+void test_step(Type type, std::int64_t num_rows, std::int64_t columns) {
+  const std::string what = std::string(kernels().name) + " step " + name_of(type) + " " + std::to_string(num_rows) +
+                           "x" + std::to_string(columns);
+  const Type accumulator = accumulator_of(type);
+  const double epsilon = accumulator == Type::kFloat64 ? 0x1p-52 : 0x1p-23;
+  Rows rows(type, num_rows, columns, 3);
+  std::vector<double> weights, center;
+  for (std::int64_t row = 0; row < num_rows; ++row) weights.push_back(row % 3 - 0.75);
+  for (std::int64_t column = 0; column < columns; ++column) center.push_back(std::sin(column + 1.0f));
+  const std::vector<std::byte> weight_bytes = accumulators(accumulator, weights);
+  const std::vector<std::byte> center_bytes = accumulators(accumulator, center);
+  std::vector<std::byte> out(columns * bytes_of(accumulator));
+  const LinearKernels& linear = linear_kernels(type);
+  linear.step(rows.pointers.data(), weight_bytes.data(), num_rows, columns, center_bytes.data(), out.data());
+  for (std::int64_t column = 0; column < columns; ++column) {
+    const double start = read(center_bytes, accumulator, column);
+    double end = start, magnitude = std::fabs(start);
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      end += weights[row] * (rows.get(row, column) - start);
+      magnitude += std::fabs(weights[row] * (rows.get(row, column) - start));
+    }
+    expect(std::fabs(read(out, accumulator, column) - end) <= magnitude * epsilon * (num_rows + 2), what);
+  }
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    double square = 0;
+    for (std::int64_t column = 0; column < columns; ++column) {
+      const double apart = rows.get(row, column) - read(out, accumulator, column);
+      square += apart * apart;
+    }
+    // The differences are rounded, their squares and the sum are float64.
+    const double got = linear.squared_distance(rows.pointers[row], out.data(), columns);
+    expect(std::fabs(got - square) <= square * (2 * epsilon + 0x1p-52 * (columns + 8)), what + ": distance");
+  }
+}
+
+void test_pairs(Type type, std::int64_t columns) {
+  const std::string what =
+      std::string(kernels().name) + " pairs " + name_of(type) + " of " + std::to_string(columns) + " columns";
+  Rows a(type, kPairRows, columns, 4), b(type, kPairRows, columns, 5);
+  Rows u(type, kPairRows, columns, 6), v(type, kPairRows, columns, 7);
+  double squares[kPairRows * kPairRows] = {}, products[kPairRows * kPairRows] = {};
+  const LinearKernels& linear = linear_kernels(type);
+  linear.difference_products(a.pointers.data(), b.pointers.data(), nullptr, nullptr, columns, squares);
+  linear.difference_products(a.pointers.data(), b.pointers.data(), u.pointers.data(), v.pointers.data(), columns,
+                             products);
+  const double epsilon = accumulator_of(type) == Type::kFloat64 ? 0x1p-52 : 0x1p-23;
+  for (int i = 0; i < kPairRows; ++i) {
+    for (int j = 0; j < kPairRows; ++j) {
+      double square = 0, product = 0, magnitude = 0;
+      for (std::int64_t column = 0; column < columns; ++column) {
+        const double apart = a.get(i, column) - b.get(j, column), other = u.get(i, column) - v.get(j, column);
+        square += apart * apart;
+        product += apart * other;
+        magnitude += std::fabs(apart * other);
+      }
+      const int pair = kPairRows * i + j;
+      expect(std::fabs(squares[pair] - square) <= 36 * epsilon * square, what + ": squares");
+      expect(std::fabs(products[pair] - product) <= 36 * epsilon * magnitude, what + ": products");
+    }
+  }
+}
+
 void test_conversions() {
   for (std::uint32_t half = 0; half < 0x10000; ++half) {
     const std::uint16_t bits = static_cast<std::uint16_t>(half);
@@ -180,8 +242,11 @@ int main() {
     for (Type type : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
       for (std::int64_t columns : {1, 3, 15, 16, 33, 100, 257}) {
         for (std::int64_t num_rows : {0, 1, 2, 3, 7, 8, 9, 31}) test_weighted_sum(type, num_rows, columns);
+        for (std::int64_t num_rows : {0, 1, 9}) test_step(type, num_rows, columns);
         test_one_row(type, columns);
+        test_pairs(type, columns);
       }
+      test_pairs(type, 2500);
     }
   }
   std::printf("%d passed, %d failed\n", passed, failed);

@@ -232,7 +232,12 @@ std::int64_t first_kept(const std::vector<double>& sorted, std::int64_t trim, bo
   std::int64_t first = 0;
   while (first < trim) {
     const long double lost = sorted[first], gained = sorted[first + size - trim];
-    if (!(gained < median || distance(gained) < distance(lost))) break;
+    // Added from the greatest down, numbers far apart cancel before the small ones go lost.
+    long double terms[] = {lost, gained, -a, -b};
+    std::sort(terms, terms + 4, [](long double x, long double y) { return std::fabs(x) > std::fabs(y); });
+    const long double sum = terms[0] + terms[1] + terms[2] + terms[3];
+    const bool nearer = std::isfinite(sum) ? sum < 0 : gained < median || distance(gained) < distance(lost);
+    if (!nearer) break;
     ++first;
   }
   return first;

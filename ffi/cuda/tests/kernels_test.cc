@@ -28,7 +28,12 @@ std::int64_t first_kept(const std::vector<double>& sorted, std::int64_t trim, bo
   std::int64_t first = 0;
   while (first < trim) {
     const long double lost = sorted[first], gained = sorted[first + size - trim];
-    if (!(gained < median || distance(gained) < distance(lost))) break;
+    // Added from the greatest down, numbers far apart cancel before the small ones go lost.
+    long double terms[] = {lost, gained, -a, -b};
+    std::sort(terms, terms + 4, [](long double x, long double y) { return std::fabs(x) > std::fabs(y); });
+    const long double sum = terms[0] + terms[1] + terms[2] + terms[3];
+    const bool nearer = std::isfinite(sum) ? sum < 0 : gained < median || distance(gained) < distance(lost);
+    if (!nearer) break;
     ++first;
   }
   return first;
@@ -447,6 +452,184 @@ void check_finite(Type type) {
   expect(wrong == 0, std::string("finite ") + name_of(type));
 }
 
+// ---- Between clients
+// --------------------------------------------------------------------------------------------------
+
+// The elements of one client over all leaves.
+std::vector<double> client_of(const std::vector<Array>& leaves, const Shape& shape, std::int64_t index,
+                              std::int64_t client) {
+  std::vector<double> values;
+  for (std::size_t leaf = 0; leaf < leaves.size(); ++leaf) {
+    for (std::int64_t column = 0; column < shape.coordinates[leaf]; ++column) {
+      const View& view = leaves[leaf].view;
+      values.push_back(get(view.type, view.at(shape.batch, index), client * shape.coordinates[leaf] + column));
+    }
+  }
+  return values;
+}
+
+void check_pairs(Type type, std::int64_t clients, bool squares, bool masked, std::vector<std::int64_t> batch) {
+  const Shape shape = shape_of(std::move(batch), clients, {1, 17000, 0, 33});
+  const std::string what = std::string("pairs ") + name_of(type) + " n=" + std::to_string(clients);
+  std::vector<Array> updates, others;
+  for (const std::int64_t coordinates : shape.coordinates) {
+    updates.emplace_back(type, shape.batch, clients * coordinates, 0x1).fill([](std::int64_t) { return normal(); });
+    others.emplace_back(type, shape.batch, clients * coordinates, 0x2).fill([](std::int64_t) { return normal(); });
+  }
+  put(type, NAN, updates[3].view.data, 5);  // of the first client
+  Array where(Type::kBool, shape.batch, clients, 0x3);
+  where.fill([&](std::int64_t) { return random_bits() % 3 != 0; });
+  PairsProblem problem;
+  problem.shape = shape;
+  problem.updates = views_of(updates);
+  problem.others = squares ? problem.updates : views_of(others);
+  problem.squares = squares;
+  if (masked) problem.where = where.view;
+  problem.first_block = first_blocks(shape);
+  problem.segments = std::min<std::int64_t>(problem.first_block.back(), 3);
+  Array pairs(accumulator(type), shape.batch, clients * clients);
+  std::vector<double> partials(shape.batch.count * problem.segments * clients * clients, NAN);
+  problem.pairs = pairs.view;
+  problem.partials = partials.data();
+  run(what, problem, {&pairs});
+  int wrong = 0;
+  for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+    for (std::int64_t i = 0; i < clients; ++i) {
+      for (std::int64_t j = 0; j < clients; ++j) {
+        const auto present = [&](std::int64_t client) {
+          return !masked || get(Type::kBool, where.view.at(shape.batch, index), client) != 0;
+        };
+        const std::vector<double> x = client_of(updates, shape, index, i), y = client_of(updates, shape, index, j);
+        const std::vector<double> u = client_of(others, shape, index, i), v = client_of(others, shape, index, j);
+        long double sum = 0, magnitude = 0;
+        for (std::size_t k = 0; k < x.size(); ++k) {
+          const long double term = static_cast<long double>(x[k] - y[k]) * (squares ? x[k] - y[k] : u[k] - v[k]);
+          sum += term;
+          magnitude += std::fabs(term);
+        }
+        double expected = static_cast<double>(sum);
+        if (squares && i != j && std::isnan(sum)) expected = INFINITY;
+        if (!squares && i == j) expected = 0;
+        if (!present(i) || !present(j)) expected = squares ? INFINITY : 0;
+        const double got = get(accumulator(type), pairs.view.at(shape.batch, index), i * clients + j);
+        wrong += !is_close(got, expected, 40 * epsilon_of(accumulator(type)) * static_cast<double>(magnitude));
+      }
+    }
+  }
+  expect(wrong == 0, what + ": " + std::to_string(wrong) + " wrong");
+}
+
+void check_mix(Type type, std::int64_t clients, std::int64_t rows, Type mixed_type, std::vector<std::int64_t> batch) {
+  const Shape shape = shape_of(std::move(batch), clients, {1, 600, 0, 5});
+  std::vector<Array> updates, mixed;
+  for (const std::int64_t coordinates : shape.coordinates) {
+    updates.emplace_back(type, shape.batch, clients * coordinates, 0x1).fill([](std::int64_t) { return normal(); });
+    mixed.emplace_back(mixed_type, shape.batch, rows * coordinates);
+  }
+  put(type, NAN, updates[3].view.data, 0);  // of the first client, whom only the last row has
+  Array mixing(accumulator(type), shape.batch, rows * clients, 0x2);
+  mixing.fill([&](std::int64_t i) {
+    const std::int64_t row = i / clients % rows;
+    return i % clients == 0 ? row == rows - 1 : random_bits() % 3 == 0 ? 0 : normal();
+  });
+  MixProblem problem{shape, rows, views_of(updates), mixing.view, views_of(mixed)};
+  run("mix", problem, pointers(mixed));
+  int wrong = 0;
+  for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      std::vector<double> expected(606, 0), magnitude(606, 0);
+      for (std::int64_t client = 0; client < clients; ++client) {
+        const double c = get(accumulator(type), mixing.view.at(shape.batch, index), row * clients + client);
+        const std::vector<double> x = client_of(updates, shape, index, client);
+        for (std::size_t k = 0; c != 0 && k < x.size(); ++k) {
+          expected[k] += c * x[k];
+          magnitude[k] += std::fabs(c * x[k]);
+        }
+      }
+      const std::vector<double> got = client_of(mixed, shape, index, row);
+      for (std::size_t k = 0; k < got.size(); ++k) {
+        const double slack = (clients + 2) * epsilon_of(accumulator(type)) * magnitude[k] +
+                             epsilon_of(mixed_type) * std::fabs(expected[k]) + 1e-7;
+        wrong += !is_close(got[k], expected[k], slack);
+      }
+    }
+  }
+  expect(wrong == 0, std::string("mix ") + name_of(type) + ": " + std::to_string(wrong) + " wrong");
+}
+
+void check_step(Type type, std::int64_t clients, bool masked, std::vector<std::int64_t> batch) {
+  const Shape shape = shape_of(std::move(batch), clients, {1, 17000, 0, 33});
+  const Type sum_type = accumulator(type);
+  std::vector<Array> updates, center, moved;
+  for (const std::int64_t coordinates : shape.coordinates) {
+    updates.emplace_back(type, shape.batch, clients * coordinates, 0x1).fill([](std::int64_t) { return normal(); });
+    center.emplace_back(sum_type, shape.batch, coordinates, 0x2).fill([](std::int64_t) { return normal(); });
+    moved.emplace_back(sum_type, shape.batch, coordinates);
+  }
+  put(type, NAN, updates[3].view.data, 5);  // of the first client, whose weight is 0
+  Array weights(sum_type, shape.batch, clients, 0x3), where(Type::kBool, shape.batch, clients, 0x1);
+  weights.fill([&](std::int64_t i) { return i % clients == 0 ? 0 : normal() / static_cast<double>(clients); });
+  where.fill([&](std::int64_t) { return random_bits() % 3 != 0; });
+  StepProblem problem;
+  problem.shape = shape;
+  problem.updates = views_of(updates);
+  problem.center = views_of(center);
+  problem.weights = weights.view;
+  if (masked) problem.where = where.view;
+  problem.moved = views_of(moved);
+  Array distances(sum_type, shape.batch, clients);
+  problem.distances = distances.view;
+  problem.first_block = first_blocks(shape);
+  std::vector<double> partials(shape.batch.count * clients * problem.first_block.back(), NAN);
+  problem.partials = partials.data();
+  std::vector<Array*> results = pointers(moved);
+  results.push_back(&distances);
+  run("step", problem, results);
+  int wrong = 0;
+  for (std::int64_t index = 0; index < shape.batch.count; ++index) {
+    const std::vector<double> start = client_of(center, shape, index, 0);
+    std::vector<double> expected = start;
+    const auto present = [&](std::int64_t client) {
+      return !masked || get(Type::kBool, where.view.at(shape.batch, index), client) != 0;
+    };
+    for (std::int64_t client = 0; client < clients; ++client) {
+      const double weight = get(sum_type, weights.view.at(shape.batch, index), client);
+      const std::vector<double> x = client_of(updates, shape, index, client);
+      for (std::size_t k = 0; weight != 0 && present(client) && k < x.size(); ++k) {
+        expected[k] += weight * (x[k] - start[k]);
+      }
+    }
+    const std::vector<double> got = client_of(moved, shape, index, 0);
+    const double epsilon = epsilon_of(sum_type);
+    for (std::size_t k = 0; k < got.size(); ++k) {
+      wrong += !is_close(got[k], expected[k], 8 * static_cast<double>(clients + 4) * epsilon);
+    }
+    for (std::int64_t client = 0; client < clients; ++client) {
+      long double square = 0;
+      const std::vector<double> x = client_of(updates, shape, index, client);
+      for (std::size_t k = 0; k < x.size(); ++k) square += static_cast<long double>(x[k] - got[k]) * (x[k] - got[k]);
+      const auto root = static_cast<double>(std::sqrt(square));
+      const double distance = !present(client) ? 0 : std::isnan(root) ? INFINITY : root;
+      wrong +=
+          !is_close(get(sum_type, distances.view.at(shape.batch, index), client), distance, 4 * epsilon * distance);
+    }
+  }
+  expect(wrong == 0, std::string("step ") + name_of(type) + ": " + std::to_string(wrong) + " wrong");
+}
+
+void check_between_clients(Type type) {
+  for (const std::int64_t clients : {1, 3, 40}) {
+    check_pairs(type, clients, true, false, {});
+    check_pairs(type, clients, clients == 3, true,
+                clients == 3 ? std::vector<std::int64_t>{2, 3} : std::vector<std::int64_t>{});
+    check_pairs(type, clients, false, false, {});
+    check_mix(type, clients, clients + 1, accumulator(type), {});
+    check_step(type, clients, clients != 3, {});
+  }
+  check_mix(type, 5, 9, Type::kBFloat16, {2, 3});
+  check_step(type, 5, true, {2, 3});
+}
+
 int main_of_test(bool brief) {
   constexpr Type kTypes[] = {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16};
   for (const Type type : kTypes) {
@@ -454,6 +637,7 @@ int main_of_test(bool brief) {
     check_stack(type, 3, {});
     check_stack(type, 150, {2});
     check_finite(type);
+    check_between_clients(type);
     check_reductions(type, type, false, true, {});
     check_reductions(type, type, false, true, {2});
     for (const Type others : kTypes) check_reductions(type, others, others == type, false, {2});

@@ -98,7 +98,7 @@ void check_private(const PrivateCase& c, std::vector<std::int64_t> batch_sizes) 
   if (c.clip) {
     problem.max_norm = max_norm.view;
     if (c.given) problem.given_norms = given.view;
-    problem.norms = {shape, problem.updates, problem.where, norms.view, nullptr, reduction_blocks(shape)};
+    problem.norms = {shape, problem.updates, problem.where, norms.view, nullptr, first_blocks(shape)};
     const std::int64_t rows = batch.count * kClients;
     workspace.resize(rows * (sizeof(ClipFactor) + problem.norms.first_block.back() * sizeof(ScaledSum)));
     problem.factors = reinterpret_cast<ClipFactor*>(workspace.data());
