@@ -220,7 +220,8 @@ MUTANTS = (
     Mutant(LINEAR, READER, "own != 1 && own != size", "own > size", "accepts a batch that is too small", NATIVE),
     # --- Order statistics: kernels ------------------------------------------------------------------------------
     Mutant(ORDER, ORDER_TILES, "(static_cast<std::int64_t>(num_rows)) < 1",
-           "(static_cast<std::int64_t>(num_rows)) < -9", "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
+           "(static_cast<std::int64_t>(num_rows)) < -9",
+           "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
     Mutant(ORDER, ORDER_TILES, "ranks.trim < 0 || rows.size() <", "ranks.trim < 0 && rows.size() <",
            "an absent client's gradient is whatever was there",
            battery("(absent or eager or where)", "(median or spread)")),
