@@ -267,7 +267,7 @@ MUTANTS = (
            "for part, of_factor in ((norm_slope, factor / safe_norms),", "the clip factor's derivative, wrong sign",
            battery("deriv", "clipped_weighted")),
     Mutant(PRIVATE, PRIVATE_RULES, "where = finite if where is None else finite & where", "",
-           "a NaN client's gradient is NaN", battery("absent", "clipped_weighted")),
+           "a NaN client's gradient is NaN", ("tests/test_private.py", "-k", "spoils")),
     Mutant(PRIVATE, PRIVATE_RULES, "if clip and parameters and \"given_norms\" not in optional:",
            "if False:", "every device clips by its own norm", sharding("test_jit", "clipped_weighted")),
     Mutant(PRIVATE, PRIMITIVE, "jnp.where(large, norms / scale, 0) ** 2", "jnp.where(large, norms, 0) ** 2",
