@@ -315,8 +315,6 @@ MUTANTS = (
            "a bad round's gradient is NaN", ROUNDS),
     Mutant(SERVER, SERVER_OPERATIONS, "like(root * root)", "like(root)", "the second moment starts from tau",
            ("tests/test_server.py", "-k", "paper")),
-    Mutant(SERVER, SERVER_OPERATIONS, 'aliased=("step", "params", "first_moment", "second_moment"),',
-           'aliased=("step", "params", "first_moment"),', "one buffer is not taken over", ROUNDS),
     Mutant(SERVER, SERVER_TILES, "if (!somebody) problem.accepted[batch] = 0;", "", "a round of nobody counts",
            ("tests/test_battery.py", "-k", "no_coordinates and fedadam or where_may and fedadam")),
     Mutant(SERVER, SERVER_TILES, "    check_tile(*problem, tiles[task]);\n", "", "NaN goes into the model", ROUNDS),
