@@ -95,6 +95,26 @@ def test_an_infinite_bound_clips_nobody():
     np.testing.assert_array_equal(got, ff.weighted_sum(updates, jnp.ones(2)))
 
 
+@pytest.mark.parametrize("where", [None, jnp.array([True, True, False, True])], ids=["everybody", "some"])
+def test_a_client_that_is_not_finite_has_no_gradient_and_spoils_nobody_s(where):
+    updates = jnp.array([[3.0, 4.0], [jnp.nan, 1.0], [jnp.inf, 0.0], [0.1, 0.2]])
+    weights = jnp.array([1.0, 2.0, -1.0, 0.5])
+
+    def loss(updates, weights, bound):
+        return jnp.sum(jnp.sin(ff.clipped_weighted_sum(updates, weights, bound, where=where)))
+
+    for_updates, for_weights, for_bound = jax.jit(jax.grad(loss, (0, 1, 2)))(updates, weights, 1.0)
+    assert not np.any(np.asarray(for_updates)[1:3])
+    assert not np.any(np.asarray(for_weights)[1:3])
+    kept = jnp.array([0, 3])
+    wanted = jax.grad(lambda x, w, c: jnp.sum(jnp.sin(ff.clipped_weighted_sum(x, w, c))), (0, 1, 2))(
+        updates[kept], weights[kept], 1.0
+    )
+    np.testing.assert_allclose(for_updates[kept], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(for_weights[kept], wanted[1], rtol=1e-5)
+    np.testing.assert_allclose(for_bound, wanted[2], rtol=1e-5)
+
+
 @pytest.mark.parametrize("bound", [-1.0, float("nan"), -float("inf")])
 def test_a_traced_bound_that_makes_no_sense_gives_nan(bound):
     got = jax.jit(ff.clipped_weighted_sum)(jnp.ones((2, 3)), jnp.ones(2), bound)
