@@ -31,13 +31,23 @@ from fedfuse_jax import (
     trimmed_mean,
     weighted_sum,
 )
+from fedfuse_jax.fedjax_compression import (
+    rotated_uniform_stochastic_quantizer,
+    structured_drive_quantizer,
+    terngrad_quantizer,
+    uniform_stochastic_quantizer,
+)
 
 __all__ = [
     "StatefulServerState",
     "federated_averaging",
     "mean_aggregator",
     "median_aggregator",
+    "rotated_uniform_stochastic_quantizer",
+    "structured_drive_quantizer",
+    "terngrad_quantizer",
     "trimmed_mean_aggregator",
+    "uniform_stochastic_quantizer",
 ]
 
 Client = tuple[fedjax.ClientId, fedjax.ClientDataset, fedjax.PRNGKey]
