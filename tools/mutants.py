@@ -258,8 +258,8 @@ MUTANTS = (
            "drift = _over_coordinates(drifts.sum(-2)", "the zero points' derivative has the wrong sign",
            compressed("derivatives")),
     Mutant(COMPRESSED, COMPRESSED_RULES, "return present(functools.reduce(jnp.multiply, map(present, factors)))",
-           "return present(functools.reduce(jnp.multiply, factors))",
-           "an absent client's NaN reaches its gradient", battery("absent", "quantized")),
+           "return functools.reduce(jnp.multiply, map(present, factors))",
+           "a NaN cotangent reaches an absent client", battery("absent", "quantized")),
     Mutant(COMPRESSED, PRIMITIVE, "return [lax.psum(part, names) if names else part for", "return [part for",
            "sharded clients are not summed", sharding("test_jit", "quantized")),
     # --- Compressed updates: kernels ----------------------------------------------------------------------------
