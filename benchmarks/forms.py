@@ -115,6 +115,60 @@ def best_trimmed_mean(updates: Array, trim: int) -> Array:
     return jnp.where(low < high, kept / num_kept, low)
 
 
+def natural_mean_around_median(updates: Array, num_byzantine: int) -> Array:
+    """The values nearest the median, by sorting the distances from it."""
+    distances = jnp.abs(updates - jnp.median(updates, axis=0))
+    nearest = jnp.argsort(distances, axis=0)[: len(updates) - num_byzantine]
+    return jnp.mean(jnp.take_along_axis(updates, nearest, axis=0), axis=0)
+
+
+def best_mean_around_median(updates: Array, num_byzantine: int) -> Array:
+    """A window that slides over the values in order, and its mean; in order by one sort of the values alone."""
+    n_clients = len(updates)
+    values = jnp.sort(updates.astype(jnp.float32), axis=0)
+    num_kept = n_clients - num_byzantine
+    twice_median = values[(n_clients - 1) // 2] + values[n_clients // 2]
+    first = jnp.sum(values[:num_byzantine] + values[num_kept:] < twice_median, axis=0)
+    ranks = jnp.arange(n_clients)[:, None]
+    return jnp.sum(jnp.where((ranks >= first) & (ranks < first + num_kept), values, 0), axis=0) / num_kept
+
+
+# --- Distances in jax.numpy ---------------------------------------------------------------------------------------
+
+
+def natural_distances(updates: Array) -> Array:
+    """Row by row, by differences: all pairs at once would not fit into memory."""
+    return lax.map(lambda row: jnp.sum(jnp.square(updates - row), axis=1), updates)
+
+
+def best_distances(updates: Array) -> Array:
+    """By products: one matrix multiplication, which loses digits where clients are close together."""
+    products = jnp.matmul(updates, updates.T, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+    squares = jnp.diagonal(products)
+    return jnp.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+
+
+def multi_krum_by(distances: Callable[[Array], Array], num_byzantine: Callable[[Array], int]) -> Callable[..., Array]:
+    """Multi-Krum on distances found in this way."""
+
+    def of_updates(updates: Array) -> Array:
+        n_clients, f = len(updates), num_byzantine(updates)
+        scores = jnp.sum(jnp.sort(distances(updates), axis=1)[:, 1 : n_clients - f - 1], axis=1)
+        selected = jnp.argsort(scores)[: n_clients - f]
+        return jnp.zeros(n_clients).at[selected].set(1 / (n_clients - f)) @ updates
+
+    return of_updates
+
+
+def natural_geometric_median(updates: Array) -> Array:
+    """Eight smoothed Weiszfeld iterations from the median."""
+    center = jnp.median(updates, axis=0)
+    for _ in range(8):
+        weights = 1 / jnp.maximum(jnp.linalg.norm(updates - center, axis=1), 1e-6)
+        center = (weights / jnp.sum(weights)) @ updates
+    return center
+
+
 def backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[..., Any]:
     """The derivative of ``forward`` in its first operands, as a function of the operands and the cotangent."""
 
@@ -125,6 +179,34 @@ def backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[...
         )
 
     return pull_back
+
+
+def natural_clipped_sum(updates: Array, weights: Array, max_norm: float) -> Array:
+    """What one writes first: scale every client, then add."""
+    wide_updates = updates.astype(jnp.float32)
+    norms = jnp.linalg.norm(wide_updates, axis=1)
+    clipped = wide_updates * jnp.minimum(1, max_norm / norms)[:, None]
+    return jnp.sum(weights[:, None] * clipped, axis=0)
+
+
+def best_clipped_sum(updates: Array, weights: Array, max_norm: float) -> Array:
+    """Norms and sum as contractions, the factor on the weights."""
+    squares = jnp.einsum("nd,nd->n", updates, updates, preferred_element_type=jnp.float32)
+    return (weights * jnp.minimum(1, max_norm / jnp.sqrt(squares))) @ updates.astype(jnp.float32)
+
+
+def adam_step(params: Any, first: Any, second: Any, delta: Any, numpy: Any) -> tuple[Any, ...]:
+    """One step of FedAdam as published; ``numpy`` is the library of that kind."""
+    first = 0.9 * first + (1 - 0.9) * delta
+    second = 0.99 * second + (1 - 0.99) * delta * delta
+    return params + 0.1 * first / (numpy.sqrt(second) + 1e-3), first, second
+
+
+def adam_rounds(params: Any, first: Any, second: Any, updates: Any, rounds: int, numpy: Any) -> tuple[Any, ...]:
+    """Several steps with the same updates."""
+    for _ in range(rounds):
+        params, first, second = adam_step(params, first, second, updates.mean(0), numpy)
+    return params, first, second
 
 
 # --- Compressed updates in jax.numpy ----------------------------------------------------------------------------
@@ -224,6 +306,30 @@ def numpy_spread(updates: np.ndarray, cotangent: np.ndarray, trim: int) -> tuple
     return (spread,)
 
 
+def numpy_mean_around_median(updates: np.ndarray, num_byzantine: int) -> np.ndarray:
+    """A sort, and a window slid over it."""
+    values, n_clients = np.sort(wide(updates), axis=0), len(updates)
+    num_kept = n_clients - num_byzantine
+    twice_median = values[(n_clients - 1) // 2] + values[n_clients // 2]
+    first = (values[:num_byzantine] + values[num_kept:] < twice_median).sum(axis=0)
+    ranks = np.arange(n_clients)[:, None]
+    return np.where((ranks >= first) & (ranks < first + num_kept), values, 0).sum(axis=0) / num_kept
+
+
+def numpy_distances(updates: np.ndarray) -> np.ndarray:
+    """By products."""
+    products = wide(updates) @ wide(updates).T
+    squares = np.diagonal(products)
+    return np.maximum(squares[:, None] + squares[None] - 2 * products, 0)
+
+
+def numpy_clipped_sum(updates: np.ndarray, weights: np.ndarray, max_norm: float) -> np.ndarray:
+    """Two contractions."""
+    updates = wide(updates)
+    norms = np.sqrt(np.einsum("nd,nd->n", updates, updates))
+    return (weights * np.minimum(np.float32(1), np.float32(max_norm) / norms)) @ updates
+
+
 def numpy_sparse_sum(values: np.ndarray, indices: np.ndarray, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Client after client: ``np.add.at`` on all at once, which knows nothing of distinct indices, is slower."""
     total = np.zeros(len(room), np.float32)
@@ -255,6 +361,20 @@ def torch_trimmed_mean(updates: Any, trim: int) -> Any:
     return updates.sort(dim=0).values[trim : len(updates) - trim].float().mean(dim=0)
 
 
+def torch_mean_around_median(updates: Any, num_byzantine: int) -> Any:
+    """As `byzfl` has it: the values nearest the median, by the smallest distances from it."""
+    distances = (updates - torch_median(updates)).abs()
+    nearest = distances.topk(len(updates) - num_byzantine, dim=0, largest=False, sorted=False).indices
+    return updates.gather(0, nearest).float().mean(dim=0)
+
+
+def torch_distances(updates: Any) -> Any:
+    """``torch.cdist`` without its products, which lose digits."""
+    import torch
+
+    return torch.cdist(updates.float(), updates.float(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
 def torch_backward(forward: Callable[..., Any], num_operands: int = 1) -> Callable[..., Any]:
     """What ``loss.backward()`` costs in PyTorch: forward with its tape, then backward."""
 
@@ -273,6 +393,23 @@ def torch_stack(clients: Any) -> Any:
     import torch
 
     return torch.stack(clients)
+
+
+def torch_clipped_sum(updates: Any, weights: Any, max_norm: float) -> Any:
+    """Norms, then one product with the weights."""
+    updates = updates.float()
+    return (weights * (max_norm / updates.norm(dim=1)).clamp(max=1)) @ updates
+
+
+def torch_adam(rounds: int) -> Callable[..., Any]:
+    """FedAdam on tensors."""
+
+    def run(params: Any, first: Any, second: Any, updates: Any) -> Any:
+        import torch
+
+        return adam_rounds(params, first, second, updates.float(), rounds, torch)
+
+    return run
 
 
 def torch_sparse_sum(values: Any, indices: Any, weights: Any, room: Any) -> Any:

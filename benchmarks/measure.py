@@ -105,9 +105,13 @@ def _torch_contender(call: Callable[..., Any], arguments: tuple[Any, ...], platf
 
     tensors = jax.tree.map(torch.from_dlpack, arguments)
     wait = (lambda result: torch.cuda.synchronize()) if platform == "gpu" else (lambda result: None)
-    return Contender(
-        "torch", partial(call, *tensors), wait, lambda result: [x.cpu().numpy() for x in jax.tree.leaves(result)]
-    )
+
+    def answer(result: Any) -> Answer:
+        # NumPy has no bfloat16 of torch's: a float32 holds it exactly.
+        leaves = [leaf.float() if leaf.dtype == torch.bfloat16 else leaf for leaf in jax.tree.leaves(result)]
+        return [leaf.cpu().numpy() for leaf in leaves]
+
+    return Contender("torch", partial(call, *tensors), wait, answer)
 
 
 def contenders(

@@ -162,6 +162,48 @@ def _list_of_clients(problem: Problem, key: Array) -> tuple[Any, ...]:
     return (list(client_updates(problem, key)),)
 
 
+CLIP_NORM = 500.0  # half of the norm that a million normal numbers have
+ROUNDS = 4  # of a server optimizer in one call, so that all but the first step are in place
+
+
+def _updates_weights_and_key(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    return *_updates_and_weights(problem, first), jax.random.key_data(second)
+
+
+def _server_round(problem: Problem, key: Array) -> tuple[Any, ...]:
+    first, second = jax.random.split(key)
+    params = jax.random.normal(first, (problem.parameters,))
+    return params, jnp.zeros(problem.parameters), jnp.full(problem.parameters, 1e-6), client_updates(problem, second)
+
+
+def _rounds(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Several steps from parameters and both moments, in a loop whose carry XLA updates in place."""
+
+    def run(params: Any, first: Any, second: Any, updates: Any) -> Any:
+        return jax.lax.fori_loop(0, ROUNDS, lambda _, old: tuple(step(*old, updates)), (params, first, second))
+
+    return run
+
+
+def _fused(update: Callable[..., Any]) -> Callable[..., Any]:
+    def step(params: Any, first: Any, second: Any, updates: Any) -> Any:
+        state = ff.ServerState(jnp.int32(0), first, second)
+        params, state = update(params, state, updates, learning_rate=0.1)
+        return params, state.first_moment, state.second_moment
+
+    return _rounds(step)
+
+
+def _natural_adam(params: Array, first: Array, second: Array, updates: Array) -> tuple[Array, ...]:
+    return forms.adam_step(params, first, second, jnp.mean(updates, axis=0), jnp)
+
+
+def _best_adam(params: Array, first: Array, second: Array, updates: Array) -> tuple[Array, ...]:
+    delta = jnp.full(len(updates), 1 / len(updates)) @ updates.astype(jnp.float32)
+    return forms.adam_step(params, first, second, delta, jnp)
+
+
 def _sparse_updates(problem: Problem, key: Array) -> tuple[Array, Array]:
     """One coordinate in a hundred, 10 000 at most, at distinct indices in ascending order."""
     k = min(max(problem.parameters // 100, 1), 10**4)
@@ -303,6 +345,20 @@ def _gpu_linear_goals(problem: Problem) -> Goals:
     return goals(natural=1, best=1, torch=2 * 5.9 if published else 1)
 
 
+def _clip_goals(problem: Problem) -> Goals:
+    if problem.leaves > 1 or not problem.large:
+        return _one_array_goal(problem)
+    return goals(natural=300, best=1.3, floor=0.6) if problem.dtype == "float32" else goals(best=1.3)
+
+
+def _noise_goals(problem: Problem) -> Goals:
+    return goals(best=(2, 3), weighted_sum=1 / 1.15) if problem == Problem(32, 10**6) else {}
+
+
+def _server_goals(problem: Problem) -> Goals:
+    return goals(best=1.6, torch=2) if problem.large else {}
+
+
 def _sparse_goals(problem: Problem) -> Goals:
     if problem.parameters >= 10**7:
         return goals(best=10, numpy=10, torch=15)
@@ -322,9 +378,20 @@ def _gpu_sparse_goals(problem: Problem) -> Goals:
 
 _BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
 _ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, leaves=100))
+_PRIVATE_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"))
+_SERVER_PROBLEMS = (Problem(4, 10**7),)
 _SPARSE = (Problem(32, 10**6), Problem(128, 10**6), Problem(32, 10**7), Problem(128, 10**7))
 _CODES = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6))
 _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"), TREE_PROBLEM)
+
+
+_ROBUST_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**5))
+_DISTANCE_PROBLEMS = (Problem(32, 10**6), Problem(128, 10**5), Problem(1000, 10**4))
+
+
+def _num_byzantine(updates: Array) -> int:
+    """A fifth, as the trimmed mean drops at either end."""
+    return int(TRIM_FRACTION * len(updates))
 
 
 def _natural_sum(updates: Array, weights: Array) -> Array:
@@ -333,6 +400,14 @@ def _natural_sum(updates: Array, weights: Array) -> Array:
 
 def _best_sum(updates: Array, weights: Array) -> Array:
     return weights @ updates.astype(jnp.float32)
+
+
+def _weighted_sum_alone() -> Mapping[str, Reference]:
+    return {"weighted sum": Reference(lambda arguments: (ff.weighted_sum, arguments[:2]), same_result=False)}
+
+
+def _noise(updates: Array, key: Array) -> Array:
+    return jax.random.normal(key, updates.shape[1:])
 
 
 def _natural_median(updates: Array) -> Array:
@@ -452,6 +527,46 @@ ROWS: tuple[Row, ...] = (
         goals=_backward_goals,
     ),
     Row(
+        "mean_around_median",
+        _updates_only,
+        lambda updates: ff.mean_around_median(updates, _num_byzantine(updates)),
+        natural=lambda updates: forms.natural_mean_around_median(updates, _num_byzantine(updates)),
+        best=lambda updates: forms.best_mean_around_median(updates, _num_byzantine(updates)),
+        numpy=lambda updates: forms.numpy_mean_around_median(updates, _num_byzantine(updates)),
+        torch=lambda updates: forms.torch_mean_around_median(updates, _num_byzantine(updates)),
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
+        goals=_one_array_goal,
+    ),
+    Row(
+        "pairwise_squared_distances",
+        _updates_only,
+        ff.pairwise_squared_distances,
+        natural=forms.natural_distances,
+        best=forms.best_distances,
+        numpy=forms.numpy_distances,
+        torch=forms.torch_distances,
+        problems=_DISTANCE_PROBLEMS,
+        gpu_problems=_DISTANCE_PROBLEMS,
+    ),
+    Row(
+        "multi_krum",
+        _updates_only,
+        lambda updates: ff.multi_krum(updates, _num_byzantine(updates)),
+        natural=forms.multi_krum_by(forms.natural_distances, _num_byzantine),
+        best=forms.multi_krum_by(forms.best_distances, _num_byzantine),
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
+    ),
+    Row(
+        "geometric_median",
+        _updates_only,
+        ff.geometric_median,
+        natural=forms.natural_geometric_median,
+        problems=_ROBUST_PROBLEMS,
+        gpu_problems=_ROBUST_PROBLEMS,
+    ),
+    Row(
         "squared_norms",
         _updates_only,
         ff.squared_norms,
@@ -494,6 +609,84 @@ ROWS: tuple[Row, ...] = (
         problems=_LISTS,
         gpu_problems=_LISTS[:3],
         goals=_one_array_goal,
+    ),
+    Row(
+        "clipped_weighted_sum",
+        _updates_and_weights,
+        lambda updates, weights: ff.clipped_weighted_sum(updates, weights, CLIP_NORM),
+        natural=lambda updates, weights: forms.natural_clipped_sum(updates, weights, CLIP_NORM),
+        best=lambda updates, weights: forms.best_clipped_sum(updates, weights, CLIP_NORM),
+        numpy=lambda updates, weights: forms.numpy_clipped_sum(updates, weights, CLIP_NORM),
+        torch=lambda updates, weights: forms.torch_clipped_sum(updates, weights, CLIP_NORM),
+        problems=(*_PRIVATE_PROBLEMS, TREE_PROBLEM),
+        gpu_problems=_PRIVATE_PROBLEMS,
+        goals=_clip_goals,
+    ),
+    Row(
+        "noisy_weighted_sum",
+        _updates_weights_and_key,
+        lambda updates, weights, key: ff.noisy_weighted_sum(key, updates, weights, 0.5),
+        natural=lambda updates, weights, key: _natural_sum(updates, weights) + 0.5 * _noise(updates, key),
+        best=lambda updates, weights, key: _best_sum(updates, weights) + 0.5 * _noise(updates, key),
+        references=_weighted_sum_alone(),
+        problems=_PRIVATE_PROBLEMS,
+        gpu_problems=_PRIVATE_PROBLEMS,
+        goals=_noise_goals,
+    ),
+    Row(
+        "clipped_noisy_weighted_sum",
+        _updates_weights_and_key,
+        lambda updates, weights, key: ff.clipped_noisy_weighted_sum(key, updates, weights, CLIP_NORM, 0.5),
+        natural=lambda updates, weights, key: (
+            forms.natural_clipped_sum(updates, weights, CLIP_NORM) + 0.5 * _noise(updates, key)
+        ),
+        best=lambda updates, weights, key: (
+            forms.best_clipped_sum(updates, weights, CLIP_NORM) + 0.5 * _noise(updates, key)
+        ),
+        problems=_PRIVATE_PROBLEMS,
+        gpu_problems=_PRIVATE_PROBLEMS,
+        goals=lambda problem: goals(best=1.3) if problem.large else {},
+    ),
+    Row(
+        "fedavgm_weighted_update",
+        _server_round,
+        _fused(ff.fedavgm_weighted_update),
+        best=_rounds(
+            lambda params, first, second, updates: (
+                params + 0.1 * (0.9 * first + updates.mean(0)),
+                0.9 * first + updates.mean(0),
+                second,
+            )
+        ),
+        problems=_SERVER_PROBLEMS,
+        gpu_problems=_SERVER_PROBLEMS,
+    ),
+    Row(
+        "fedadagrad_weighted_update",
+        _server_round,
+        _fused(ff.fedadagrad_weighted_update),
+        problems=_SERVER_PROBLEMS,
+        gpu_problems=_SERVER_PROBLEMS,
+    ),
+    Row(
+        "fedadam_weighted_update",
+        _server_round,
+        _fused(ff.fedadam_weighted_update),
+        natural=_rounds(_natural_adam),
+        best=_rounds(_best_adam),
+        numpy=lambda *arguments: forms.adam_rounds(*arguments, ROUNDS, np),
+        torch=forms.torch_adam(ROUNDS),
+        problems=_SERVER_PROBLEMS,
+        gpu_problems=_SERVER_PROBLEMS,
+        goals=_server_goals,
+        gpu_goals=lambda problem: goals(natural=1, best=1, torch=2 * 1.4),
+    ),
+    Row(
+        "fedyogi_weighted_update",
+        _server_round,
+        _fused(ff.fedyogi_weighted_update),
+        problems=_SERVER_PROBLEMS,
+        gpu_problems=_SERVER_PROBLEMS,
     ),
     Row(
         "topk_sparse_weighted_sum",

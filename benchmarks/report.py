@@ -94,7 +94,8 @@ def _headline(report: Report) -> str:
 # --- Markdown -------------------------------------------------------------------------------------------------
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -130,12 +131,12 @@ def markdown(report: Report) -> str:
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); the floor is the time to\n"
         "move every input and every result once at the rate a probe reached between the calls. Medians of "
         f"{report['options']['repetitions']} interleaved repetitions.",
-        _markdown_table(COLUMNS, rows),
+        markdown_table(COLUMNS, rows),
     ]
     if trees := tree_cells(report):
-        parts.append(_markdown_table(["operation", "a tree", "time over one array's"], trees))
+        parts.append(markdown_table(["operation", "a tree", "time over one array's"], trees))
     if report["overhead"]:
-        parts.append(_markdown_table(*overhead_cells(report)))
+        parts.append(markdown_table(*overhead_cells(report)))
     parts.extend(f"Skipped: {line}." for line in report["skipped"])
     return "\n\n".join(parts) + "\n"
 

@@ -70,9 +70,11 @@ add_library(fedfuse_cuda STATIC
   ffi/cuda/networks_float32.cu
   ffi/cuda/networks_float64.cu
   ffi/cuda/order_statistics.cu
+  ffi/cuda/private.cu
   ffi/cuda/quantized.cu
   ffi/cuda/reductions.cu
   ffi/cuda/runtime.cu
+  ffi/cuda/server.cu
   ffi/cuda/sparse.cu
   ffi/cuda/streaming.cu
   ffi/cuda/weighted_spread.cu)

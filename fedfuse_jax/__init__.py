@@ -10,6 +10,7 @@
 
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
+from fedfuse_jax.centers import centered_clipping, geometric_median
 from fedfuse_jax.compressed import (
     hadamard_rotation,
     inverse_hadamard_rotation,
@@ -17,6 +18,21 @@ from fedfuse_jax.compressed import (
     quantized_weighted_sum,
     topk_sparse_weighted_sum,
     topk_sparsify,
+)
+from fedfuse_jax.distances import (
+    bucketing,
+    bulyan,
+    krum,
+    krum_scores,
+    multi_krum,
+    nearest_neighbor_mixing,
+    pairwise_squared_distances,
+)
+from fedfuse_jax.private import (
+    adaptive_clip_norm,
+    clipped_noisy_weighted_sum,
+    clipped_weighted_sum,
+    noisy_weighted_sum,
 )
 from fedfuse_jax.reduce import (
     accumulate_weighted,
@@ -27,17 +43,45 @@ from fedfuse_jax.reduce import (
     weighted_mean,
     weighted_sum,
 )
-from fedfuse_jax.robust import coordinate_median, trimmed_mean
+from fedfuse_jax.robust import coordinate_median, mean_around_median, trimmed_mean
+from fedfuse_jax.server import (
+    ServerState,
+    fedadagrad_weighted_update,
+    fedadam_weighted_update,
+    fedavgm_weighted_update,
+    fedyogi_weighted_update,
+    init_server_state,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ServerState",
     "accumulate_weighted",
+    "adaptive_clip_norm",
+    "bucketing",
+    "bulyan",
+    "centered_clipping",
+    "clipped_noisy_weighted_sum",
+    "clipped_weighted_sum",
     "coordinate_median",
     "export_checks",
+    "fedadagrad_weighted_update",
+    "fedadam_weighted_update",
+    "fedavgm_weighted_update",
+    "fedyogi_weighted_update",
     "finite_clients",
+    "geometric_median",
     "hadamard_rotation",
+    "init_server_state",
     "inverse_hadamard_rotation",
+    "krum",
+    "krum_scores",
+    "mean_around_median",
+    "multi_krum",
+    "nearest_neighbor_mixing",
+    "noisy_weighted_sum",
+    "pairwise_squared_distances",
     "quantize",
     "quantized_weighted_sum",
     "reference",

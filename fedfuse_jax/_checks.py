@@ -108,6 +108,33 @@ def real_scalar(operation: str, argument: str, value: Any, dtype: Any) -> Array:
     return array.astype(dtype)
 
 
+def bounded_scalar(
+    operation: str, argument: str, value: Any, dtype: Any, *, least: float = 0.0, most: float = float("inf")
+) -> Array:
+    """A real scalar; a Python number has to lie in the range, a traced one is whatever it will be."""
+    if isinstance(value, int | float | np.integer | np.floating) and not least <= value <= most:
+        bounds = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
+        raise ValueError(f"{operation}: {argument} is {value}; it needs to be {bounds}.")
+    return real_scalar(operation, argument, value, dtype)
+
+
+def random_key(operation: str, key: Any) -> Array:
+    """One JAX key, typed; raw ``uint32[2]`` is Threefry's."""
+    needed = "one JAX key: jax.random.key(seed), or raw uint32[2]"
+    if is_key_array(key):
+        if key.shape != ():
+            raise ValueError(f"{operation}: key has shape {key.shape}; it needs {needed}.")
+        return key
+    if not hasattr(key, "dtype") or key.dtype != np.uint32:
+        raise TypeError(f"{operation}: key is {describe(key)}; it needs {needed}.")
+    if key.shape == (2,):
+        return jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
+    default = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if key.shape != default.shape:
+        raise ValueError(f"{operation}: key is {describe(key)}; it needs {needed}.")
+    return jax.random.wrap_key_data(jnp.asarray(key))
+
+
 def participation(operation: str, where: Any, n_clients: Any) -> Array | None:
     """``where`` as a bool ``(n_clients,)`` array, or ``None`` for everybody."""
     if where is None:
@@ -148,19 +175,17 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def prng_key(operation: str, argument: str, key: Any) -> Array:
-    """One typed key, or a raw ``uint32[2]`` (which is Threefry's), as a typed key."""
-    needed = "one JAX key: jax.random.key(…), or a raw uint32[2] such as jax.random.PRNGKey(…)"
-    if is_key_array(key):
-        if key.shape != ():
-            raise ValueError(f"{operation}: {argument} is {describe(key)}; it needs {needed}.")
-        return key
-    array = as_array(operation, argument, key, needed)
-    if array.dtype != np.uint32:
-        raise TypeError(f"{operation}: {argument} is {describe(array)}; it needs {needed}.")
-    if array.shape != (2,):
-        raise ValueError(f"{operation}: {argument} is {describe(array)}; it needs {needed}.")
-    return jax.random.wrap_key_data(array, impl="threefry2x32")
+def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Array:
+    """Real squared distances, ``(n_clients, n_clients)``; without ``n_clients``, of any number but none."""
+    count = "n_clients" if n_clients is None else n_clients
+    needed = f"floating-point numbers of shape ({count}, {count}), the squared distance of every two clients"
+    array = as_array(operation, "distances", distances, needed)
+    if array.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(f"{operation}: distances has dtype {array.dtype}; it needs {needed}.")
+    square = array.ndim == 2 and array.shape[0] == array.shape[1] and array.shape[0] != 0
+    if not square or (n_clients is not None and array.shape[0] != n_clients):
+        raise ValueError(f"{operation}: distances has shape {array.shape}; it needs {needed}.")
+    return array.astype(reference.accumulator_dtype(array.dtype))
 
 
 def matrix_per_client(operation: str, argument: str, value: Any, n_clients: Any, kind: Any, needed: str) -> Array:

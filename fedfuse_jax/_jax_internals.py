@@ -12,8 +12,9 @@ from jax._src import dispatch
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
+from jax.extend.random import threefry2x32_p
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "ArrayMapping",
@@ -29,7 +30,10 @@ __all__ = [
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
+    "replicated",
     "resharded",
+    "threefry_bits",
+    "threefry_is_partitionable",
     "varying_axes",
     "with_sharding_of",
     "zero_tangent",
@@ -75,6 +79,18 @@ def as_varying(value: Any, axes: frozenset[Any]) -> Any:
     return jax.lax.pvary(value, missing)  # type: ignore[attr-defined]  # JAX < 0.9
 
 
+def threefry_is_partitionable() -> bool:
+    """Whether JAX counts the elements of a random array by their index, as our kernels do."""
+    return bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
+
+
+def threefry_bits(key: Any, high: Any, low: Any) -> Any:
+    """The 32 random bits that a Threefry key, two words, has for each counter of two words."""
+    operands = jax.numpy.broadcast_arrays(key[0], key[1], high, low)
+    first, second = threefry2x32_p.bind(*operands)
+    return first ^ second
+
+
 def zero_tangent(value: Any) -> ad.Zero:
     """The symbolic zero tangent of ``value`` (of dtype float0 for integers and booleans)."""
     return ad.Zero(jax.typeof(value).to_tangent_aval())
@@ -92,6 +108,11 @@ def resharded(value: Any, mesh: Any, spec: Any) -> Any:
     if not explicit_axes(mesh) or (sharding.mesh == mesh and sharding.spec == spec):
         return value
     return jax.sharding.reshard(value, NamedSharding(mesh, spec))
+
+
+def replicated(value: Any) -> Any:
+    """``value``, whole on every device of a mesh with Explicit axes; elsewhere, ``value``."""
+    return resharded(value, jax.typeof(value).sharding.mesh, PartitionSpec(*[None] * value.ndim))
 
 
 def flattened(value: Any) -> Any:

@@ -79,13 +79,14 @@ class Operation:
       results: Its results, likewise. Every axis of a result is an axis of an operand, or in ``new_axes``.
       definition: ``definition(out_dtypes=…, **operands, **attributes) -> list`` in ``jax.numpy``, unbatched.
       whole_axes: Axes that one device must see whole. They are resharded over parameter axes.
-      reduce: How partial results combine over sharded axes that no result has: ``"sum"`` or ``"all"``. With
+      reduce: How partial results combine over sharded axes that no result has: ``"sum"``, ``"all"`` or ``"norm"``. With
         operands per leaf, those are parameter axes; without (where ``"sum"`` is all there is), any.
       partitioned: Replaces what one device of several does: ``partitioned(call, operands, mesh_axes)``.
-      new_axes: ``new_axes(attributes) -> {axis: size}`` for axes that only results have.
+      new_axes: ``new_axes(attributes) -> {axis: size}`` for axes that only results have; a size may be the name of the
+        operands' axis that has it.
       jvp: ``jvp(call, primals, tangents) -> [tangent or None, …]``; ``None``: the results have no derivative.
       transpose: ``transpose(call, cotangents, operands) -> {operand: cotangents}`` for the linear operands.
-      aliased: Operand whose buffers the results may reuse, one to one.
+      aliased: Operands whose buffers the results of the same names may reuse.
       workspace: ``workspace(sizes, layout) -> bytes``: scratch memory a kernel needs, as an extra result; sizes
         are by axis.
     """
@@ -100,10 +101,10 @@ class Operation:
         whole_axes: tuple[Axis, ...] = (),
         reduce: str | None = None,
         partitioned: Callable[..., list[Array]] | None = None,
-        new_axes: Callable[..., Mapping[Axis, int]] | None = None,
+        new_axes: Callable[..., Mapping[Axis, int | Axis]] | None = None,
         jvp: Callable[..., list[Array | None]] | None = None,
         transpose: Callable[..., Operands] | None = None,
-        aliased: str | None = None,
+        aliased: tuple[str, ...] = (),
         workspace: Callable[..., Any] | None = None,
     ):
         self.name = name
@@ -191,7 +192,8 @@ class Operation:
 
     def _sizes(self, avals: Sequence[Any], operand_axes: Sequence[tuple[Axis, ...]], layout: Layout) -> dict[Axis, Any]:
         """The size of every axis. Operands must agree, but for batch axes, where size 1 means shared."""
-        sizes: dict[Axis, Any] = dict(self._new_axes(**dict(layout.attributes))) if self._new_axes else {}
+        new_axes = dict(self._new_axes(**dict(layout.attributes))) if self._new_axes else {}
+        sizes: dict[Axis, Any] = {axis: size for axis, size in new_axes.items() if not isinstance(size, str)}
         for aval, axes in zip(avals, operand_axes, strict=True):
             if len(aval.shape) != len(axes):
                 raise ValueError(f"{self.name}: an operand of shape {aval.shape} does not have the axes {axes}.")
@@ -201,6 +203,7 @@ class Operation:
                     sizes[axis] = size
                 elif not (axis.startswith("batch") and _is_one(size)) and known != size:
                     raise ValueError(f"{self.name}: axis {axis} has size {size} in one operand and {known} in another.")
+        sizes.update({axis: sizes[model] for axis, model in new_axes.items() if isinstance(model, str)})
         return sizes
 
     # --- Rules of the primitives -------------------------------------------------------------------------------
@@ -263,14 +266,15 @@ class Operation:
         ]
         layout = layout._replace(batch_dims=layout.batch_dims + 1)
         operands = self._unflatten(moved, layout)
-        if self._aliased is not None:
+        if self._aliased:
             # A result that takes an operand's buffer needs one of full size.
             operand_axes, _ = self._axes([x.ndim for x in moved], layout)
             sizes = self._sizes(moved, operand_axes, layout)
             batch = tuple(sizes[f"batch{i}"] for i in range(layout.batch_dims))
-            operands[self._aliased] = [
-                jnp.broadcast_to(x, batch + x.shape[layout.batch_dims :]) for x in operands[self._aliased]
-            ]
+            for name in self._aliased:
+                operands[name] = jax.tree.map(
+                    lambda x: jnp.broadcast_to(x, batch + x.shape[layout.batch_dims :]), operands[name]
+                )
         results = self._outer.bind(*_align_varying(self._flatten(operands, layout)), layout=layout)
         return results, [0] * len(results)
 
@@ -319,11 +323,14 @@ class Operation:
         for spec in self.operands(layout.attributes):
             if spec.optional:
                 attributes[f"has_{spec.name}"] = np.bool_(spec.name in layout.optional)
-        aliases = None
-        if self._aliased is not None:
-            assert self._present_operands(layout)[0].name == self._aliased
-            aliases = {leaf: leaf for leaf in range(layout.num_leaves)}
-        lower = jax.ffi.ffi_lowering(self.target, operand_output_aliases=aliases)
+        operands = _positions(self._present_operands(layout), layout.num_leaves)
+        results = _positions(self.results(layout.attributes), layout.num_leaves)
+        aliases = {
+            operand: result
+            for name in self._aliased
+            for operand, result in zip(operands[name], results[name], strict=True)
+        }
+        lower = jax.ffi.ffi_lowering(self.target, operand_output_aliases=aliases or None)
         return lower(ctx, *flat, **attributes)
 
     def _lower_definition(self, ctx: mlir.LoweringRuleContext, *flat: Any, layout: Layout) -> Any:
@@ -401,7 +408,7 @@ class Operation:
         mesh_axes = self._choose_mesh_axes(mesh, shapes, specs, operand_axes)
 
         def run(*flat: Array) -> list[Array]:
-            share = self._partitioned or self._run_partitioned
+            share = self._partitioned or self.run_partitioned
             return share(BoundCall(self, layout, None), self._unflatten(flat, layout), mesh_axes)
 
         operand_specs = [_spec(shape, axes, mesh_axes) for shape, axes in zip(shapes, operand_axes, strict=True)]
@@ -449,35 +456,23 @@ class Operation:
                     chosen[axis] = names
                     done.add(leaf)
 
-    def _run_partitioned(self, call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
+    def run_partitioned(self, call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
         """One device's share, and the collectives that make it whole."""
         if self._reduce is None:
             return call.run_local(operands)
         if call.layout.num_leaves == 0:
             return self._sum_over_lost_axes(call, operands, mesh_axes)
-        layout = call.layout
-        ndims = [x.ndim for x in self._flatten(operands, layout)]
-        operand_axes, result_axes = self._axes(ndims, layout)
-        kept = {axis for axes in result_axes for axis in axes}
-        leaf_axes: list[frozenset[str]] = []
-        for leaf in range(layout.num_leaves):
-            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
-            leaf_axes.append(frozenset(name for axis in own - kept for name in mesh_axes.get(axis, ())))
-        everything = frozenset().union(*leaf_axes)
-        # Leaves sharded differently are reduced apart: what several devices hold alike counts once.
+        shards = self.shards_of_leaves(call.layout, operands, mesh_axes)
+        reduction = REDUCTIONS[self._reduce]
         parts: list[list[Array]] = []
-        for sharded_over in sorted(set(leaf_axes), key=sorted):
-            chosen = [leaf for leaf in range(layout.num_leaves) if leaf_axes[leaf] == sharded_over]
-            part = call.run_local(call.restrict(operands, chosen), num_leaves=len(chosen))
-            first = sum(lax.axis_index(name) for name in sorted(everything - sharded_over)) == 0
-            if self._reduce == "all":
-                part = [(~x).astype(jnp.int32) for x in part]
-            parts.append([jnp.where(first, x, 0) for x in part])
-        names = tuple(sorted(everything))
+        for leaves, counts in shards.groups:
+            part = call.run_local(call.restrict(operands, leaves), num_leaves=len(leaves))
+            parts.append([jnp.where(counts(), reduction.summand(x), 0) for x in part])
+        names = shards.names
         totals = [
             lax.psum(sum(xs[1:], xs[0]), names) if names else sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)
         ]
-        return [total == 0 for total in totals] if self._reduce == "all" else totals
+        return [reduction.result(total) for total in totals]
 
     def _sum_over_lost_axes(self, call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
         """Partial results of an operation without leaves, summed over every sharded axis that no result has."""
@@ -485,6 +480,87 @@ class Operation:
         lost = {axis for axes in operand_axes for axis in axes} - {axis for axes in result_axes for axis in axes}
         names = tuple(sorted({name for axis in lost for name in mesh_axes.get(axis, ())}))
         return [lax.psum(part, names) if names else part for part in call.run_local(operands)]
+
+    def shards_of_leaves(
+        self, layout: Layout, operands: Operands, mesh_axes: Mapping[Axis, MeshAxes]
+    ) -> ShardsOfLeaves:
+        """The leaves by the mesh axes that their parameters are sharded over."""
+        operand_axes, _ = self._axes([x.ndim for x in self._flatten(operands, layout)], layout)
+        leaf_axes: list[frozenset[str]] = []
+        for leaf in range(layout.num_leaves):
+            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
+            leaf_axes.append(frozenset(name for axis in own for name in mesh_axes.get(axis, ())))
+        everything = frozenset().union(*leaf_axes)
+        groups: list[tuple[list[int], Callable[[], Any]]] = []
+        for sharded_over in sorted(set(leaf_axes), key=sorted):
+            others = sorted(everything - sharded_over)
+            leaves = [leaf for leaf in range(layout.num_leaves) if leaf_axes[leaf] == sharded_over]
+            groups.append((leaves, functools.partial(_is_first_along, others)))
+        return ShardsOfLeaves(groups, tuple(sorted(everything)))
+
+
+# --- Reductions over devices --------------------------------------------------------------------------------------
+
+
+class Reduction(NamedTuple):
+    """How partial results become one by a sum over devices: what is summed, and what the sum means."""
+
+    summand: Callable[[Array], Array]
+    result: Callable[[Array], Array]
+
+
+def _norm_summand(norms: Array) -> Array:
+    """The squares of large, middling and small norms apart, each scaled so that no square leaves the range."""
+    bound, scale = _norm_scales(norms.dtype)
+    large, small = norms > bound, norms < 1 / bound
+    middling = ~(large | small)  # and NaN
+    return jnp.stack(
+        [
+            jnp.where(large, norms / scale, 0) ** 2,
+            jnp.where(middling, norms, 0) ** 2,
+            jnp.where(small, norms * scale, 0) ** 2,
+        ]
+    )
+
+
+def _norm_result(squares: Array) -> Array:
+    """The square root of the sum of what :func:`_norm_summand` took apart."""
+    _, scale = _norm_scales(squares.dtype)
+    large, middling, small = squares
+    has_large, only_small = large > 0, middling == 0
+    total = jnp.where(
+        has_large,
+        large + middling / scale / scale,
+        jnp.where(only_small, small, middling + small / scale / scale),
+    )
+    unit = jnp.where(has_large, scale, jnp.where(only_small, 1 / scale, 1)).astype(squares.dtype)
+    nothing = total == 0
+    return jnp.where(nothing, 0, unit * jnp.sqrt(jnp.where(nothing, 1, total)))
+
+
+def _norm_scales(dtype: Any) -> tuple[float, float]:
+    range_exponent = int(jnp.finfo(dtype).maxexp)
+    return 2.0 ** (7 * range_exponent // 16), 2.0 ** (9 * range_exponent // 16)
+
+
+REDUCTIONS = {
+    "sum": Reduction(lambda x: x, lambda total: total),
+    "all": Reduction(lambda x: (~x).astype(jnp.int32), lambda total: total == 0),
+    "norm": Reduction(_norm_summand, _norm_result),
+}
+
+
+def all_reduce(kind: str, value: Array, axis_name: Any) -> Array:
+    """Makes one result of every device's own, inside a ``shard_map``."""
+    reduction = REDUCTIONS[kind]
+    return reduction.result(lax.psum(reduction.summand(value), axis_name))
+
+
+class ShardsOfLeaves(NamedTuple):
+    """Leaves sharded alike, whether this device's share of them counts, and all mesh axes they are sharded over."""
+
+    groups: list[tuple[list[int], Callable[[], Any]]]
+    names: MeshAxes
 
 
 class ShardingPlan(NamedTuple):
@@ -539,8 +615,23 @@ class BoundCall(NamedTuple):
         return jnp.expand_dims(leaf, self.batch_dims)
 
 
+def _is_first_along(names: Sequence[str]) -> Any:
+    """Whether this device is the first along these mesh axes: what several hold alike then counts once."""
+    return sum(lax.axis_index(name) for name in names) == 0
+
+
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def _positions(specs: Sequence[Operand], num_leaves: int) -> dict[str, range]:
+    """Where each operand, or result, lies in the flat list."""
+    positions: dict[str, range] = {}
+    begin = 0
+    for spec in specs:
+        positions[spec.name] = range(begin, begin + (num_leaves if spec.per_leaf else 1))
+        begin = positions[spec.name].stop
+    return positions
 
 
 def _as_tuple(entry: Any) -> MeshAxes:

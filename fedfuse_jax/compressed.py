@@ -343,7 +343,7 @@ def quantize(
     if block_size is not None:
         block_size = checks.python_int(name, "block_size", block_size, 1)
     if key is not None:
-        key = checks.prng_key(name, "key", key)
+        key = checks.random_key(name, key)
     return reference.quantize(leaves.arrays, num_bits=num_bits, block_size=block_size, key=key)
 
 
@@ -398,7 +398,7 @@ def hadamard_rotation(update: PyTree, key: Any) -> PyTree:
       *Determinism*: the same key gives the same rotation.
     """
     leaves = checks.float_leaves("hadamard_rotation", "update", update)
-    key = checks.prng_key("hadamard_rotation", "key", key)
+    key = checks.random_key("hadamard_rotation", key)
     return leaves.unflatten(reference.hadamard_rotation(leaves.arrays, key))
 
 
@@ -437,7 +437,7 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree
     """
     name = "inverse_hadamard_rotation"
     leaves = checks.float_leaves(name, "rotated", rotated)
-    key = checks.prng_key(name, "key", key)
+    key = checks.random_key(name, key)
     models, treedef = jax.tree.flatten(like)
     if treedef != leaves.treedef:
         raise ValueError(f"{name}: like has the structure {treedef}; it needs rotated's, {leaves.treedef}.")

@@ -11,7 +11,7 @@ from jax import Array, lax
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import reference
 from fedfuse_jax._jax_internals import ad
-from fedfuse_jax._primitive import OPERATIONS, Axis, BoundCall, MeshAxes, Operand, Operands, Operation
+from fedfuse_jax._primitive import OPERATIONS, Axis, BoundCall, MeshAxes, Operand, Operands, Operation, all_reduce
 
 PyTree = Any
 
@@ -190,9 +190,7 @@ def finite_clients(updates: PyTree, *, axis_name: Any = None) -> Array:
     """
     leaves, _ = checks.client_stacked("finite_clients", updates)
     (finite,) = FINITE_CLIENTS.bind({"updates": leaves.arrays}, ("bool",))
-    if axis_name is not None:
-        finite = lax.psum((~finite).astype(jnp.int32), axis_name) == 0
-    return finite
+    return finite if axis_name is None else all_reduce("all", finite, axis_name)
 
 
 def accumulate_weighted(total: PyTree, update: PyTree, weight: Any) -> PyTree:
@@ -446,7 +444,7 @@ def _contracted_product(
     return product.astype(dtype)
 
 
-def _linear_partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
+def linear_partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
     """Sharded clients are summed where they are, in the accumulator's dtype, and all-reduced."""
     names = mesh_axes.get("clients", ())
     if not names:
@@ -471,7 +469,7 @@ def _linear(name: str) -> Operation:
         ),
         results=(Operand("reduced", per_leaf=True),),
         definition=_linear_definition,
-        partitioned=_linear_partitioned,
+        partitioned=linear_partitioned,
         jvp=_linear_jvp,
         transpose=_linear_transpose,
     )
@@ -529,7 +527,7 @@ WEIGHTED_SPREAD = Operation(
 # --- Norms and dots ---------------------------------------------------------------------------------------------
 
 
-def _dots_workspace(sizes: Any, layout: Any) -> Any:
+def reduction_workspace(sizes: Any, layout: Any) -> Any:
     """One float64 per client and block of coordinates; see ffi/contract/reductions.h."""
     block, bytes_per_partial = 16384, 8
     blocks = 0
@@ -597,7 +595,7 @@ CLIENT_DOTS = Operation(
     reduce="sum",
     jvp=_dots_jvp,
     transpose=_dots_transpose,
-    workspace=_dots_workspace,
+    workspace=reduction_workspace,
 )
 
 
@@ -626,7 +624,7 @@ SQUARED_NORMS = Operation(
     definition=_norms_definition,
     reduce="sum",
     jvp=_norms_jvp,
-    workspace=_dots_workspace,
+    workspace=reduction_workspace,
 )
 
 FINITE_CLIENTS = Operation(
@@ -671,7 +669,7 @@ ACCUMULATE_WEIGHTED = Operation(
     results=(Operand("total", per_leaf=True),),
     definition=lambda total, update, weight, out_dtypes: reference.accumulate_weighted(total, update, weight),
     jvp=_accumulate_jvp,
-    aliased="total",
+    aliased=("total",),
 )
 
 

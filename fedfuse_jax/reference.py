@@ -151,15 +151,15 @@ def median_trim_count(num_present: Any) -> Any:
     return (num_present - 1) // 2
 
 
-def _ranks(leaf: Array, where: Array | None) -> Array:
-    """Every client's rank in each coordinate: −inf < finite < +inf < NaN < absent; ties by client index."""
+def _by_rank(leaf: Array, where: Array | None) -> tuple[Array, Array]:
+    """Each coordinate's values in order, −inf < finite < +inf < NaN < absent, and whose they are; ties by index."""
     absent = jnp.broadcast_to(_over_parameters(~_present(where, leaf.shape[0]), leaf), leaf.shape)
     client = lax.broadcasted_iota(jnp.int32, leaf.shape, 0)
     # lax.sort holds -0 and 0 for equal, and every NaN for equal and greatest: the order the contract asks for.
     # Ranks are constant almost everywhere, and the derivative of a sort is not free.
     keys = (absent, lax.stop_gradient(leaf), client)
-    _, _, by_rank = lax.sort(keys, dimension=0, num_keys=2, is_stable=True)
-    return jnp.argsort(by_rank, axis=0)
+    _, values, clients = lax.sort(keys, dimension=0, num_keys=2, is_stable=True)
+    return values, clients
 
 
 def _mean_of_kept(selected: Array, values: Array, num_kept: Array) -> Array:
@@ -169,13 +169,73 @@ def _mean_of_kept(selected: Array, values: Array, num_kept: Array) -> Array:
     return jnp.where(num_kept > 0, total / jnp.maximum(num_kept, 1).astype(dtype), jnp.nan)
 
 
-def _selected(leaf: Array, trim_count: Any, where: Array | None) -> tuple[Array, Array]:
-    """Which clients a trimmed mean keeps in each coordinate, and how many those are (0 or less: nobody)."""
+def _mean_without_overflow(selected: Array, leaf: Array, num_kept: Array) -> Array:
+    """The same, finite wherever the mean is: a sum may overflow where the mean does not."""
+    n_clients = leaf.shape[0]
+    mean = _mean_of_kept(selected, leaf, num_kept)
+    # Halving first costs nothing but time.
+    exponent = 2.0 ** -math.ceil(math.log2(n_clients + 1)) if isinstance(n_clients, int) else 2.0**-31
+    scaled = _mean_of_kept(selected, leaf.astype(mean.dtype) * exponent, num_kept) / exponent
+    return jnp.where(jnp.isfinite(mean), mean, scaled)
+
+
+def _exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """``a + b`` as a rounded sum and what rounding lost (Knuth, TAOCP 2, 4.2.2)."""
+    total = a + b
+    rounded = total - a
+    return total, (a - (total - rounded)) + (b - rounded)
+
+
+def _sum_is_less(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """Whether ``a + b < c + d``, exactly; False where either sum is NaN."""
+    greatest = functools.reduce(jnp.maximum, map(jnp.abs, (a, b, c, d)))
+    # Half of a number this large is exact, and no sum of two halves overflows.
+    scale = jnp.where(greatest > jnp.finfo(a.dtype).max / 4, 0.5, 1).astype(a.dtype)
+    (left, left_rest), (right, right_rest) = _exact_sum(a * scale, b * scale), _exact_sum(c * scale, d * scale)
+    return (left < right) | ((left == right) & (left_rest < right_rest))
+
+
+def _first_around_median(values: Array, num_byzantine: int, num_present: Array) -> Array:
+    """The lowest rank of the ``num_present − num_byzantine`` values nearest the median; ``values`` are in order.
+
+    Values nearest a point are neighbours in rank. Their window slides up from rank 0 while the value it would gain is
+    nearer the median than the one it would lose: ``median − lost > gained − median``, which for the two middle values
+    a and b is ``lost + gained < a + b``.
+    """
+    dtype = accumulator_dtype(values.dtype)
+    n_clients = values.shape[0]
+
+    def of_rank(rank: Array) -> Array:
+        value = lax.dynamic_index_in_dim(values, jnp.clip(rank, 0, n_clients - 1), keepdims=False)
+        return value.astype(dtype)
+
+    a, b = of_rank((num_present - 1) // 2), of_rank(num_present // 2)
+    lost = values[:num_byzantine].astype(dtype)
+    first_gained = jnp.maximum(num_present - num_byzantine, 0)
+    gained = lax.dynamic_slice_in_dim(values, first_gained, num_byzantine).astype(dtype)
+    # An infinite median is at no distance from itself, and infinitely far from all else.
+    reached = (gained == jnp.inf) & (lost < jnp.inf) & (a + b == jnp.inf) & (b == jnp.inf)
+    slides = _sum_is_less(lost, gained, a[None], b[None]) | reached
+    return jnp.sum(slides, axis=0, dtype=jnp.int32)
+
+
+def _selected(leaf: Array, trim_count: Any, where: Array | None, around_median: bool = False) -> tuple[Array, Array]:
+    """Which clients are kept in each coordinate, and how many those are (0 or less: nobody).
+
+    A trimmed mean keeps all but the ``trim_count`` smallest and greatest; ``around_median``, all but the ``trim_count``
+    farthest from the median.
+    """
     num_present = jnp.sum(_present(where, leaf.shape[0]), dtype=jnp.int32)
-    trim_count = jnp.asarray(trim_count, jnp.int32)
-    ranks = _ranks(leaf, where)
-    num_kept = jnp.where(trim_count < 0, 0, num_present - 2 * trim_count)
-    return (ranks >= trim_count) & (ranks < trim_count + num_kept), num_kept
+    trim_count = jnp.asarray(trim_count, jnp.int32) if not around_median else trim_count
+    values, clients = _by_rank(leaf, where)
+    ranks = jnp.argsort(clients, axis=0)
+    if around_median:
+        num_kept = num_present - trim_count
+        first = _first_around_median(values, trim_count, num_present)
+    else:
+        num_kept = jnp.where(trim_count < 0, 0, num_present - 2 * trim_count)
+        first = trim_count
+    return (ranks >= first) & (ranks < first + num_kept), num_kept
 
 
 def trimmed_mean(
@@ -194,11 +254,7 @@ def trimmed_mean(
 
     def reduce_leaf(leaf: Array) -> Array:
         selected, num_kept = _selected(leaf, trim_count, where)
-        mean = _mean_of_kept(selected, leaf, num_kept)
-        # A sum may overflow where the mean does not; halving first then costs nothing but time.
-        exponent = 2.0 ** -math.ceil(math.log2(n_clients + 1)) if isinstance(n_clients, int) else 2.0**-31
-        scaled = _mean_of_kept(selected, leaf.astype(mean.dtype) * exponent, num_kept) / exponent
-        return jnp.where(jnp.isfinite(mean), mean, scaled).astype(_result_dtype(leaf, out_dtype))
+        return _mean_without_overflow(selected, leaf, num_kept).astype(_result_dtype(leaf, out_dtype))
 
     return jax.tree.map(reduce_leaf, updates)
 
@@ -210,28 +266,367 @@ def coordinate_median(updates: PyTree, *, where: Array | None = None, out_dtype:
     return trimmed_mean(updates, median_trim_count(num_present), where=where, out_dtype=out_dtype)
 
 
-def selected_mean(
-    updates: PyTree, values: PyTree, trim_count: Any, *, where: Array | None = None, out_dtype: Any = None
+def mean_around_median(
+    updates: PyTree, num_byzantine: int, *, where: Array | None = None, out_dtype: Any = None
 ) -> PyTree:
-    """Per coordinate, the mean of ``values`` over the clients that the trimmed mean of ``updates`` keeps."""
+    """Per coordinate, the mean without the ``num_byzantine`` values farthest from the median; NaN if none is left."""
+
+    def reduce_leaf(leaf: Array) -> Array:
+        selected, num_kept = _selected(leaf, num_byzantine, where, around_median=True)
+        return _mean_without_overflow(selected, leaf, num_kept).astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(reduce_leaf, updates)
+
+
+def selected_mean(
+    updates: PyTree,
+    values: PyTree,
+    trim_count: Any,
+    *,
+    around_median: bool = False,
+    where: Array | None = None,
+    out_dtype: Any = None,
+) -> PyTree:
+    """Per coordinate, the mean of ``values`` over the clients that the trimmed mean of ``updates`` keeps.
+
+    With ``around_median``, over those that ``mean_around_median`` with ``num_byzantine = trim_count`` keeps.
+    """
 
     def reduce_leaf(leaf: Array, value: Array) -> Array:
-        selected, num_kept = _selected(leaf, trim_count, where)
+        selected, num_kept = _selected(leaf, trim_count, where, around_median)
         return _mean_of_kept(selected, value, num_kept).astype(_result_dtype(leaf, out_dtype))
 
     return jax.tree.map(reduce_leaf, updates, values)
 
 
-def spread_to_selected(updates: PyTree, cotangents: PyTree, trim_count: Any, *, where: Array | None = None) -> PyTree:
+def spread_to_selected(
+    updates: PyTree, cotangents: PyTree, trim_count: Any, *, around_median: bool = False, where: Array | None = None
+) -> PyTree:
     """The transpose of ``selected_mean``: a kept client gets its share of the cotangent, the others exactly 0."""
 
     def spread_leaf(leaf: Array, cotangent: Array) -> Array:
         dtype = accumulator_dtype(leaf.dtype)
-        selected, num_kept = _selected(leaf, trim_count, where)
+        selected, num_kept = _selected(leaf, trim_count, where, around_median)
         share = cotangent.astype(dtype) / jnp.maximum(num_kept, 1).astype(dtype)
         return jnp.where(selected, share[None], 0).astype(leaf.dtype)
 
     return jax.tree.map(spread_leaf, updates, cotangents)
+
+
+# --- Distances between clients ----------------------------------------------------------------------------------
+
+
+def difference_dots(updates: PyTree, others: PyTree, *, where: Array | None = None) -> Array:
+    """``⟨xᵢ − xⱼ, yᵢ − yⱼ⟩`` over the whole tree for every pair of clients; 0 for an absent one and on the diagonal."""
+    dtype = _tree_accumulator_dtype(updates)
+
+    def dots_leaf(leaf: Array, other: Array) -> Array:
+        shape = (leaf.shape[0], math.prod(leaf.shape[1:]))
+        rows, other_rows = leaf.reshape(shape).astype(dtype), other.reshape(shape).astype(dtype)
+        return lax.map(lambda row: _pairwise_sum((rows - row[0]) * (other_rows - row[1])), (rows, other_rows))
+
+    dots = functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dots_leaf, updates, others)))
+    return jnp.where(_pairs(where, dots.shape[0]), dots, 0)
+
+
+def _pairs(where: Array | None, n_clients: int) -> Array:
+    """The pairs of two clients that both take part."""
+    present = _present(where, n_clients)
+    return present[:, None] & present[None] & ~jnp.eye(n_clients, dtype=bool)
+
+
+def pairwise_squared_distances(updates: PyTree, *, where: Array | None = None) -> Array:
+    """``‖xᵢ − xⱼ‖²`` over the whole tree, by differences: nothing cancels.
+
+    A client that is not finite is infinitely far from everyone else; all of an absent one's distances are infinite.
+    """
+    squares = difference_dots(updates, updates)
+    squares = jnp.where(jnp.isnan(squares), jnp.inf, squares)
+    present = _present(where, squares.shape[0])
+    return jnp.where(present[:, None] & present[None], squares, jnp.inf)
+
+
+def mix_clients(updates: PyTree, mixing: Array, *, out_dtype: Any = None) -> PyTree:
+    """``Σᵢ Mᵣᵢ xᵢ`` for every row r of the matrix; whoever's coefficient is 0 is not touched, NaN or not."""
+
+    def mix_leaf(leaf: Array) -> Array:
+        rows = lax.map(lambda row: weighted_sum(leaf, row, where=row != 0), mixing)
+        return rows.astype(_result_dtype(leaf, out_dtype))
+
+    return jax.tree.map(mix_leaf, updates)
+
+
+# --- A point among the clients ----------------------------------------------------------------------------------
+
+
+def step_toward_clients(
+    updates: PyTree, center: PyTree, weights: Array, *, where: Array | None = None
+) -> tuple[PyTree, Array]:
+    """``y = c + Σ wᵢ (xᵢ − c)``, and every client's distance ``‖xᵢ − y‖`` from there, over the whole tree.
+
+    A client of weight 0 is measured but not touched. The distance of an absent client is 0, that of one that is not
+    finite infinite.
+    """
+    dtype = _tree_accumulator_dtype(updates)
+    present = _present(where, weights.shape[0])
+
+    def move_leaf(leaf: Array, start: Array) -> Array:
+        start = start.astype(accumulator_dtype(leaf.dtype))
+        steps = leaf.astype(start.dtype) - start[None]
+        return start + weighted_sum(steps, weights, where=present & (weights != 0))
+
+    moved = jax.tree.map(move_leaf, updates, center)
+    differences = jax.tree.leaves(jax.tree.map(lambda leaf, end: leaf.astype(end.dtype) - end[None], updates, moved))
+    flat = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])).astype(dtype) for leaf in differences]
+    # Relative to the largest difference no square overflows.
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), axis=1, initial=0) for leaf in flat])
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)[:, None]
+    squares = functools.reduce(jnp.add, [_pairwise_sum((leaf / scale) ** 2) for leaf in flat])
+    distances = scale[:, 0] * jnp.sqrt(squares)
+    distances = jnp.where(jnp.isfinite(distances), distances, jnp.inf)
+    return moved, jnp.where(present, distances, 0)
+
+
+# --- Private --------------------------------------------------------------------------------------------------
+
+
+def _norm_parts(updates: PyTree, where: Array | None) -> tuple[Array, Array]:
+    """Each client's norm as ``scale · root``: squares of scaled coordinates neither overflow nor vanish."""
+    dtype = _tree_accumulator_dtype(updates)
+
+    def present(leaf: Array) -> Array:
+        leaf = leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+        return leaf if where is None else jnp.where(where[:, None], leaf, 0)
+
+    leaves = [present(leaf) for leaf in jax.tree.leaves(updates)]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), axis=1, initial=0) for leaf in leaves])
+    # A power of two, for which the quotients are exact, and whose reciprocal is not subnormal, since XLA may multiply
+    # by that. Infinities and NaNs have none, and go through.
+    exponent = jnp.minimum(jnp.frexp(largest)[1] - 1, int(jnp.finfo(dtype).maxexp) - 3)
+    scale = lax.stop_gradient(jnp.ldexp(jnp.ones_like(largest), exponent))
+    total = functools.reduce(jnp.add, [_pairwise_sum((leaf / scale[:, None]) ** 2) for leaf in leaves])
+    nothing = total == 0
+    return scale, jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, total)))
+
+
+def client_norms(updates: PyTree, *, where: Array | None = None) -> Array:
+    """``‖xᵢ‖`` per client over the whole tree, also where the square would overflow; 0 for an absent client."""
+    scale, root = _norm_parts(updates, where)
+    return scale * root
+
+
+def clipped_weighted_sum(
+    updates: PyTree,
+    weights: Array,
+    max_norm: Array,
+    *,
+    where: Array | None = None,
+    return_norms: bool = False,
+    given_norms: Array | None = None,
+) -> Any:
+    """``Σ wᵢ min(1, C / ‖xᵢ‖) xᵢ``; a client whose norm is not finite contributes 0. NaN for a C below 0."""
+    dtype = _tree_accumulator_dtype(updates)
+    max_norm = jnp.asarray(max_norm, dtype)
+    scale, root = (jnp.ones_like(given_norms), given_norms) if given_norms is not None else _norm_parts(updates, where)
+    norms = scale * root
+    clipped = norms > max_norm
+    # Of a huge client, C / ‖x‖ would be too small a number: shrink x first, by a power of two.
+    half_range = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
+    shrink = jnp.where(clipped & (scale * jnp.minimum(root, half_range) > half_range), 1 / half_range, 1).astype(dtype)
+    factor = jnp.where(clipped, max_norm / (scale * shrink) / jnp.where(clipped, root, 1), 1)
+    factor = jnp.where(max_norm >= 0, factor, jnp.nan)
+    kept = jnp.isfinite(root) & _present(where, root.shape[0])
+    shrunk = jax.tree.map(lambda x: x.astype(dtype) * _over_parameters(shrink, x), updates)
+    total = weighted_sum(shrunk, weights.astype(dtype) * factor, where=kept)
+    total = jax.tree.map(lambda y, x: y.astype(accumulator_dtype(x.dtype)), total, updates)
+    return (total, norms) if return_norms else total
+
+
+def leaf_keys(key: Array, num_leaves: int) -> list[Array]:
+    """The key of each leaf's noise: the key itself for one leaf, the parts of a split for several."""
+    return [key] if num_leaves == 1 else list(jax.random.split(key, num_leaves))
+
+
+def add_noise(totals: PyTree, key: Array, stddev: Array) -> PyTree:
+    """Adds ``stddev`` times float32 normals to each leaf, ``jax.random.normal``'s own."""
+    leaves, structure = jax.tree.flatten(totals)
+    keys = leaf_keys(key, len(leaves))
+    noisy = [
+        leaf + jnp.asarray(stddev, leaf.dtype) * jax.random.normal(k, leaf.shape, np.float32).astype(leaf.dtype)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def noisy_weighted_sum(
+    key: Array, updates: PyTree, weights: Array, stddev: Array, *, where: Array | None = None
+) -> PyTree:
+    """``Σ wᵢ xᵢ + stddev · z``, z standard normal."""
+    return add_noise(weighted_sum(updates, weights, where=where), key, stddev)
+
+
+def clipped_noisy_weighted_sum(
+    key: Array,
+    updates: PyTree,
+    weights: Array,
+    max_norm: Array,
+    stddev: Array,
+    *,
+    where: Array | None = None,
+    return_norms: bool = False,
+) -> Any:
+    """``Σ wᵢ min(1, C / ‖xᵢ‖) xᵢ + stddev · z``, z standard normal."""
+    total, norms = clipped_weighted_sum(updates, weights, max_norm, where=where, return_norms=True)
+    total = add_noise(total, key, stddev)
+    return (total, norms) if return_norms else total
+
+
+def adaptive_clip_norm(
+    clip_norm: Array,
+    norms: Array,
+    *,
+    target_quantile: Any = 0.5,
+    learning_rate: Any = 0.2,
+    key: Array | None = None,
+    count_stddev: Any = 0.0,
+    where: Array | None = None,
+) -> Array:
+    """``C · exp(−η (b − γ))``, b the share of clients with ``‖xᵢ‖ ≤ C``, with noise on their count."""
+    present = _present(where, norms.shape[0])
+    count = jnp.sum((norms <= clip_norm) & jnp.isfinite(norms) & present, dtype=clip_norm.dtype)
+    if key is not None:
+        count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
+    num_present = jnp.sum(present, dtype=clip_norm.dtype)
+    share = jnp.where(num_present > 0, count / num_present, jnp.nan)
+    return clip_norm * jnp.exp(-learning_rate * (share - target_quantile))
+
+
+# --- Server optimizers ----------------------------------------------------------------------------------------
+
+SERVER_RULES = ("avgm", "adagrad", "adam", "yogi")
+
+
+def server_step(
+    rule: str,
+    param: Array,
+    first: Array,
+    second: Array,
+    delta: Array,
+    learning_rate: Array,
+    b1: Array,
+    b2: Array,
+    tau: Array,
+) -> tuple[Array, Array, Array]:
+    """One leaf's step along ``delta``, in the dtype of its state: (parameters, first moment, second moment)."""
+    square = delta * delta
+    if rule == "avgm":
+        first = b1 * first + delta
+        step = learning_rate * first
+    else:
+        first = delta if rule == "adagrad" else b1 * first + (1 - b1) * delta
+        if rule == "adagrad":
+            second = second + square
+        elif rule == "adam":
+            second = b2 * second + (1 - b2) * square
+        else:
+            second = second - (1 - b2) * square * jnp.sign(second - square)
+        step = learning_rate * first / (jnp.sqrt(second) + tau)
+    return (param.astype(first.dtype) + step).astype(param.dtype), first, second
+
+
+def server_update(
+    rule: str,
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None,
+    where: Array | None,
+    learning_rate: Any,
+    b1: Any = 0.0,
+    b2: Any = 0.0,
+    tau: Any = 0.0,
+) -> tuple[PyTree, Any]:
+    """Steps parameters and state along the weighted mean; neither moves where that is not finite."""
+    delta = weighted_mean(updates, weights, where=where)
+    someone = jnp.any(_present(where, jax.tree.leaves(updates)[0].shape[0]))
+
+    def narrowed(leaf: Array, first: Array) -> Array:
+        return leaf.astype(first.dtype)
+
+    delta = jax.tree.map(narrowed, delta, state.first_moment)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(delta)]
+    good = functools.reduce(jnp.logical_and, finite, someone)
+
+    def step_leaf(param: Array, first: Array, second: Array, leaf: Array) -> tuple[Array, Array, Array]:
+        scalars = [jnp.asarray(scalar, first.dtype) for scalar in (learning_rate, b1, b2, tau)]
+        new = server_step(rule, param, first, second, jnp.where(good, leaf, 0), *scalars)
+        return tuple(jnp.where(good, y, x) for y, x in zip(new, (param, first, second), strict=True))  # type: ignore
+
+    leaves, structure = jax.tree.flatten(params)
+    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment, delta)]
+    stepped = [step_leaf(*each) for each in zip(leaves, *others, strict=True)]
+    trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
+    return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
+
+
+def fedavgm_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← β m + Δ``, ``x ← x + η m``."""
+    return server_update("avgm", params, state, updates, weights, where, learning_rate, momentum)
+
+
+def fedadagrad_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← Δ``, ``v ← v + Δ²``, ``x ← x + η m / (√v + τ)``."""
+    return server_update("adagrad", params, state, updates, weights, where, learning_rate, tau=tau)
+
+
+def fedadam_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """``m ← β₁ m + (1 − β₁) Δ``, ``v ← β₂ v + (1 − β₂) Δ²``, ``x ← x + η m / (√v + τ)``."""
+    return server_update("adam", params, state, updates, weights, where, learning_rate, b1, b2, tau)
+
+
+def fedyogi_weighted_update(
+    params: PyTree,
+    state: Any,
+    updates: PyTree,
+    weights: Array | None = None,
+    *,
+    learning_rate: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    tau: Any = 1e-3,
+    where: Array | None = None,
+) -> tuple[PyTree, Any]:
+    """FedAdam but for ``v ← v − (1 − β₂) Δ² sign(v − Δ²)``."""
+    return server_update("yogi", params, state, updates, weights, where, learning_rate, b1, b2, tau)
 
 
 # --- Compressed -----------------------------------------------------------------------------------------------
@@ -423,10 +818,6 @@ def walsh_hadamard_transform(vector: Array) -> Array:
     return cube.reshape(-1) / math.sqrt(size)
 
 
-def _leaf_keys(key: Array, num_leaves: int) -> Any:
-    return [key] if num_leaves == 1 else jax.random.split(key, num_leaves)
-
-
 def padded_size(size: int) -> int:
     """The next power of two."""
     return 0 if size == 0 else 1 << (size - 1).bit_length()
@@ -442,7 +833,7 @@ def hadamard_rotation(update: PyTree, key: Array) -> PyTree:
         signs = jax.random.rademacher(key, (size,), flat.dtype)
         return walsh_hadamard_transform(jnp.pad(flat, (0, size - leaf.size)) * signs) if size else flat
 
-    rotated = [rotate(*pair) for pair in zip(leaves, _leaf_keys(key, len(leaves)), strict=True)]
+    rotated = [rotate(*pair) for pair in zip(leaves, leaf_keys(key, len(leaves)), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(update), rotated)
 
 
@@ -457,6 +848,6 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Array, like: PyTree) -> PyTr
         return flat[: math.prod(shape)].reshape(shape)
 
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(like)]
-    keys = _leaf_keys(key, len(leaves))
+    keys = leaf_keys(key, len(leaves))
     back = [rotate_back(*parts) for parts in zip(leaves, keys, shapes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(rotated), back)

@@ -19,7 +19,10 @@ import oracle
 
 import fedfuse_jax as ff
 from fedfuse_jax import _native, _primitive, reference
+from fedfuse_jax import centers as center_operations
 from fedfuse_jax import compressed as compressed_operations
+from fedfuse_jax import distances as distance_operations
+from fedfuse_jax import private as private_operations
 from fedfuse_jax import reduce as reduce_operations
 from fedfuse_jax import robust as robust_operations
 
@@ -33,8 +36,13 @@ class Kind(enum.Enum):
     CLIENTS = "a list of clients' trees"
     WEIGHTS = "a number per client"
     WHERE = "a truth value per client"
+    MIXING = "rows of a number per client"
     TRIM = "an integer scalar"
     SCALAR = "a real scalar"
+    BOUND = "a norm that about half of the clients exceed"
+    KEY = "a raw Threefry key"
+    STATE = "a server optimizer's state"
+    RATES = "hyper-parameters in one vector"
     ENTRIES = "a row of numbers per client, as long as all leaves together"
     INDICES = "an integer for each of those, some out of range; every other row sorted"
     CODES = "a row of uint8 per client, as long as all leaves together"
@@ -85,14 +93,60 @@ def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None)
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
     operands = {"updates": leaves, "values": jax.tree.leaves(values), "where": where, "trim_count": trim_count}
-    return structure.unflatten(robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=-1))
+    results = robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=-1, around_median=False)
+    return structure.unflatten(results)
 
 
 def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [leaf.dtype.name for leaf in leaves]
     operands = {"updates": leaves, "cotangents": jax.tree.leaves(cotangents), "where": where, "trim_count": trim_count}
-    return structure.unflatten(robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=-1))
+    results = robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=-1, around_median=False)
+    return structure.unflatten(results)
+
+
+def num_byzantine_of(updates: Any) -> int:
+    """As many as may be bad."""
+    return (jax.tree.leaves(updates)[0].shape[0] - 1) // 2
+
+
+def mean_nearest_median(updates: Any, values: Any, where: Any = None) -> Any:
+    """`selected_mean` of those that the mean around the median keeps."""
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
+    operands = {"updates": leaves, "values": jax.tree.leaves(values), "where": where, "trim_count": None}
+    f = num_byzantine_of(updates)
+    return structure.unflatten(robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=f, around_median=True))
+
+
+def spread_nearest_median(updates: Any, cotangents: Any, where: Any = None) -> Any:
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [leaf.dtype.name for leaf in leaves]
+    operands = {"updates": leaves, "cotangents": jax.tree.leaves(cotangents), "where": where, "trim_count": None}
+    f = num_byzantine_of(updates)
+    return structure.unflatten(robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=f, around_median=True))
+
+
+def difference_dots(updates: Any, others: Any, where: Any = None) -> Any:
+    leaves = jax.tree.leaves(updates)
+    operands = {"updates": leaves, "others": jax.tree.leaves(others), "where": where}
+    dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves)).name
+    return distance_operations.PAIRWISE_SQUARED_DISTANCES.bind(operands, (dtype,))[0]
+
+
+def mix_clients(updates: Any, mixing: Any) -> Any:
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
+    operands = {"updates": leaves, "mixing": mixing}
+    return structure.unflatten(distance_operations.MIX_CLIENTS.bind(operands, dtypes))
+
+
+def step_toward_clients(updates: Any, center: Any, weights: Any, where: Any = None) -> Any:
+    leaves, structure = jax.tree.flatten(updates)
+    dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
+    operands = {"updates": leaves, "center": jax.tree.leaves(center), "weights": weights, "where": where}
+    results = center_operations.STEP_TOWARD_CLIENTS.bind(operands, [*dtypes, weights.dtype.name])
+    return structure.unflatten(results[:-1]), results[-1]
 
 
 def _spread_with(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +167,51 @@ weighted_spread = _spread_with(
 define_weighted_spread = _spread_with(
     lambda weights, leaves, where, dtypes: reference.weighted_spread(weights, leaves, where=where, dtypes=dtypes)
 )
+
+
+def _as_many_bad(function: Callable[..., Any], argument: str = "num_byzantine") -> Callable[..., Any]:
+    """The function with as many bad clients as there may be."""
+
+    def call(updates: Any, **others: Any) -> Any:
+        return function(updates, **{argument: num_byzantine_of(updates)}, **others)
+
+    return call
+
+
+def client_norms(updates: Any, where: Any = None) -> Any:
+    leaves = jax.tree.leaves(updates)
+    dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves)).name
+    return private_operations.CLIENT_NORMS.bind({"updates": leaves, "where": where}, (dtype,))[0]
+
+
+def server_row(operation: str, *rates: str) -> Row:
+    """A server optimizer, its hyper-parameters taken from one vector."""
+
+    def with_rates(function: Callable[..., Any]) -> Callable[..., Any]:
+        def update(params: Any, state: Any, updates: Any, rates_of: Any, **options: Any) -> Any:
+            named = {rate: rates_of[i] for i, rate in enumerate(rates)}
+            return function(params, state, updates, **named, **options)
+
+        return update
+
+    return Row(
+        operation,
+        call=with_rates(getattr(ff, operation)),
+        definition=with_rates(getattr(reference, operation)),
+        oracle=with_rates(getattr(oracle, operation)),
+        arguments={
+            "params": Kind.CLIENT,
+            "state": Kind.STATE,
+            "updates": Kind.STACKED,
+            "rates_of": Kind.RATES,
+            "weights": Kind.WEIGHTS,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("weights", "where")),
+        differentiable=("params", "updates", "rates_of"),
+        coordinate_wise=False,
+        collectives=("all-reduce",),
+    )
 
 
 def sparse_spread(indices: Any, weights: Any, vector: Any, where: Any = None) -> Any:
@@ -292,6 +391,167 @@ ROWS = (
         differentiable=("cotangents",),
         public=False,
         withstands_overflow=True,
+    ),
+    Row(
+        "client_norms",
+        call=client_norms,
+        definition=reference.client_norms,
+        oracle=in_float64("client_norms", oracle.client_norms),
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates",),
+        public=False,
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "clipped_weighted_sum",
+        call=functools.partial(ff.clipped_weighted_sum, return_norms=True),
+        definition=functools.partial(reference.clipped_weighted_sum, return_norms=True),
+        oracle=functools.partial(in_float64("clipped_weighted_sum", oracle.clipped_weighted_sum), return_norms=True),
+        arguments={"updates": Kind.STACKED, "weights": Kind.WEIGHTS, "max_norm": Kind.BOUND, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates", "weights", "max_norm"),
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "noisy_weighted_sum",
+        call=ff.noisy_weighted_sum,
+        definition=reference.noisy_weighted_sum,
+        oracle=oracle.noisy_weighted_sum,
+        arguments={
+            "key": Kind.KEY,
+            "updates": Kind.STACKED,
+            "weights": Kind.WEIGHTS,
+            "stddev": Kind.SCALAR,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("where",)),
+        differentiable=("updates", "weights", "stddev"),
+        random=True,
+        coordinate_wise=False,
+    ),
+    Row(
+        "clipped_noisy_weighted_sum",
+        call=ff.clipped_noisy_weighted_sum,
+        definition=reference.clipped_noisy_weighted_sum,
+        oracle=in_float64("clipped_noisy_weighted_sum", oracle.clipped_noisy_weighted_sum),
+        arguments={
+            "key": Kind.KEY,
+            "updates": Kind.STACKED,
+            "weights": Kind.WEIGHTS,
+            "max_norm": Kind.BOUND,
+            "stddev": Kind.SCALAR,
+            "where": Kind.WHERE,
+        },
+        variants=((), ("where",)),
+        differentiable=("updates", "weights", "max_norm", "stddev"),
+        random=True,
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    server_row("fedavgm_weighted_update", "learning_rate", "momentum"),
+    server_row("fedadagrad_weighted_update", "learning_rate", "tau"),
+    server_row("fedadam_weighted_update", "learning_rate", "b1", "b2", "tau"),
+    server_row("fedyogi_weighted_update", "learning_rate", "b1", "b2", "tau"),
+    Row(
+        "mean_around_median",
+        call=_as_many_bad(ff.mean_around_median),
+        definition=_as_many_bad(reference.mean_around_median),
+        oracle=_as_many_bad(oracle.mean_around_median),
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates",),
+        out_dtype=True,
+        order_statistic=True,
+        withstands_overflow=True,
+    ),
+    Row(
+        "selected_mean",
+        label="mean_nearest_median",
+        call=mean_nearest_median,
+        definition=_as_many_bad(functools.partial(reference.selected_mean, around_median=True), "trim_count"),
+        oracle=_as_many_bad(functools.partial(oracle.selected_mean, choose=oracle.nearest_median), "trim_count"),
+        arguments={"updates": Kind.STACKED, "values": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("values",),
+        differentiable=("values",),
+        public=False,
+    ),
+    Row(
+        "spread_to_selected",
+        label="spread_nearest_median",
+        call=spread_nearest_median,
+        definition=_as_many_bad(functools.partial(reference.spread_to_selected, around_median=True), "trim_count"),
+        oracle=_as_many_bad(functools.partial(oracle.spread_to_selected, choose=oracle.nearest_median), "trim_count"),
+        arguments={"updates": Kind.STACKED, "cotangents": Kind.TOTAL, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("cotangents",),
+        differentiable=("cotangents",),
+        public=False,
+        withstands_overflow=True,
+    ),
+    Row(
+        "pairwise_squared_distances",
+        call=ff.pairwise_squared_distances,
+        definition=reference.pairwise_squared_distances,
+        oracle=in_float64("pairwise_squared_distances", oracle.pairwise_squared_distances),
+        arguments={"updates": Kind.STACKED},
+        differentiable=("updates",),
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(  # the distances of absent clients are infinite, and finite differences of these make no sense
+        "pairwise_squared_distances",
+        label="distances_of_some",
+        call=ff.pairwise_squared_distances,
+        definition=reference.pairwise_squared_distances,
+        oracle=in_float64("pairwise_squared_distances", oracle.pairwise_squared_distances),
+        arguments={"updates": Kind.STACKED, "where": Kind.WHERE},
+        coordinate_wise=False,
+        withstands_overflow=True,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "pairwise_squared_distances",
+        label="difference_dots",
+        call=difference_dots,
+        definition=reference.difference_dots,
+        oracle=in_float64("pairwise_squared_distances", oracle.difference_dots),
+        arguments={"updates": Kind.STACKED, "others": Kind.STACKED, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        linear=("updates", "others"),
+        differentiable=("updates", "others"),
+        public=False,
+        coordinate_wise=False,
+        collectives=("all-reduce",),
+    ),
+    Row(
+        "mix_clients",
+        call=mix_clients,
+        definition=reference.mix_clients,
+        oracle=oracle.mix_clients,
+        arguments={"updates": Kind.STACKED, "mixing": Kind.MIXING},
+        linear=("updates", "mixing"),
+        differentiable=("updates", "mixing"),
+        public=False,
+    ),
+    Row(
+        "step_toward_clients",
+        call=step_toward_clients,
+        definition=reference.step_toward_clients,
+        oracle=in_float64("step_toward_clients", oracle.step_toward_clients),
+        arguments={"updates": Kind.STACKED, "center": Kind.TOTAL, "weights": Kind.WEIGHTS, "where": Kind.WHERE},
+        variants=((), ("where",)),
+        differentiable=("updates", "center", "weights"),
+        public=False,
+        coordinate_wise=False,
+        collectives=("all-reduce",),
     ),
     Row(
         "topk_sparse_weighted_sum",
@@ -494,6 +754,9 @@ def sample(kind: Kind, name: str, problem: Problem, case: Case) -> Any:
     if kind is Kind.WEIGHTS:  # every fourth one negative
         signs = np.where(np.arange(n_clients) % 4 == 3, -1, 1)
         return (signs * generator.uniform(0.5, 2, n_clients)).astype(accumulator)
+    if kind is Kind.MIXING:  # one row more than there are clients, and a third of the coefficients 0
+        coefficients = generator.uniform(-1, 1, (n_clients + 1, n_clients))
+        return np.where(generator.random(coefficients.shape) < 1 / 3, 0, coefficients).astype(accumulator)
     if kind is Kind.WHERE:
         return participation(generator, n_clients)
     if kind is Kind.TRIM:
@@ -502,6 +765,16 @@ def sample(kind: Kind, name: str, problem: Problem, case: Case) -> Any:
         return np.int32(min(1, (present - 1) // 2))
     if kind is Kind.SCALAR:
         return accumulator(generator.uniform(0.5, 2))
+    if kind is Kind.BOUND:
+        return accumulator(generator.uniform(2, 5))
+    if kind is Kind.KEY:
+        return generator.integers(0, 2**32, 2, np.uint32)
+    if kind is Kind.RATES:
+        return generator.uniform(0.1, 0.9, 4).astype(accumulator)
+    if kind is Kind.STATE:
+        usual = dataclasses.replace(problem, values="normal")
+        first, second = (sample(Kind.TOTAL, f"{name} {moment}", usual, case) for moment in ("first", "second"))
+        return ff.ServerState(np.int32(problem.seed), first, jax.tree.map(lambda x: x * x + x.dtype.type(0.5), second))
     if kind is Kind.CLIENTS:
         stacked = sample(Kind.STACKED, name, problem, case)
         return [jax.tree.map(lambda leaf, i=i: leaf[i, ...], stacked) for i in range(n_clients)]

@@ -6,10 +6,12 @@ a correct implementation in lower precision may be off.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 
 NAN = float("nan")
 
@@ -189,6 +191,35 @@ def kept_clients(rows: np.ndarray, trim_count: int) -> np.ndarray:
 
 
 @quiet
+def nearest_median(rows: np.ndarray, num_byzantine: int) -> np.ndarray:
+    """The clients whose values are nearest the median in every coordinate, in order of rank; of two as near, the one of
+    the smaller value."""
+    num_kept = len(rows) - num_byzantine
+    kept = np.empty((max(num_kept, 0), *rows.shape[1:]), int)
+    if num_kept <= 0:
+        return kept
+    ranks = rank_order(rows)
+    for coordinate in np.ndindex(rows.shape[1:]):
+        column, order = rows[(slice(None), *coordinate)].astype(np.longdouble), ranks[(slice(None), *coordinate)]
+        median = (column[order[(len(order) - 1) // 2]] + column[order[len(order) // 2]]) / 2
+        away = np.where(column == median, 0, np.abs(column - median))
+        below = column < median
+
+        def nearness(rank: int, order: Any = order, away: Any = away, below: Any = below) -> tuple:
+            """NaN is farther than infinity, and all are as far from a NaN median; equals from the middle out."""
+            client = order[rank]
+            return (*_farness(away[client]), not below[client], -rank if below[client] else rank)
+
+        chosen = sorted(sorted(range(len(order)), key=nearness)[:num_kept])
+        kept[(slice(None), *coordinate)] = order[chosen]
+    return kept
+
+
+def _farness(distance: Any) -> tuple:
+    return (bool(np.isnan(distance)), 0.0 if np.isnan(distance) else distance)
+
+
+@quiet
 def _mean_of(kept: np.ndarray, accumulator: Any) -> tuple:
     """The mean of what was kept. One value is exact, two are rounded once, by the sum: known to the bit."""
     count = len(kept)
@@ -220,27 +251,301 @@ def coordinate_median(updates: Any, where: Any = None, out_dtype: Any = None) ->
     return trimmed_mean(updates, (num_present - 1) // 2, where=where, out_dtype=out_dtype)
 
 
-def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None) -> Any:
+def mean_around_median(updates: Any, num_byzantine: int, where: Any = None, out_dtype: Any = None) -> Any:
+    results = []
+    for leaf in leaves_of(updates):
+        rows = only_present(leaf, where)
+        kept = nearest_median(rows, num_byzantine)
+        results.append(_mean_of(np.take_along_axis(rows, kept, 0), accumulator_of(leaf)))
+    return _finish(updates, results, out_dtype)
+
+
+def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None, choose: Any = kept_clients) -> Any:
     results = []
     for leaf, value in zip(leaves_of(updates), leaves_of(values), strict=True):
         rows = only_present(leaf, where)
-        kept = kept_clients(rows, int(trim_count))
+        kept = choose(rows, int(trim_count))
         results.append(_mean_of(np.take_along_axis(only_present(value, where), kept, 0), accumulator_of(leaf)))
     return _finish(updates, results)
 
 
 @quiet
-def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: Any = None) -> Any:
+def spread_to_selected(
+    updates: Any, cotangents: Any, trim_count: Any, where: Any = None, choose: Any = kept_clients
+) -> Any:
     spread = []
     for leaf, cotangent in zip(leaves_of(updates), leaves_of(cotangents), strict=True):
         value = np.zeros(leaf.shape)
         present = np.arange(len(leaf)) if where is None else np.flatnonzero(where)
-        kept = kept_clients(widened(leaf)[present], int(trim_count))
+        kept = choose(widened(leaf)[present], int(trim_count))
         if len(kept):
             np.put_along_axis(value, present[kept], widened(cotangent)[None] / len(kept), 0)
         # The share is rounded once in the accumulator, and then to the leaf's dtype.
         spread.append(Expected(value, np.abs(value), 1, accumulator_of(leaf), leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(updates), spread)
+
+
+# --- Distances, mixtures and steps ----------------------------------------------------------------------------
+
+
+@quiet
+def _difference_dots(updates: Any, others: Any, kernel: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """The products of all pairs' differences, their magnitudes, and how many roundings a term meets."""
+    n_clients, num_terms = len(leaves_of(updates)[0]), 0
+    value, magnitude = np.zeros((2, n_clients, n_clients))
+    for leaf, other in zip(leaves_of(updates), leaves_of(others), strict=True):
+        rows, other_rows = (widened(x).reshape(n_clients, math.prod(x.shape[1:])) for x in (leaf, other))
+        for client in range(n_clients):
+            products = (rows - rows[client]) * (other_rows - other_rows[client])
+            value[client], magnitude[client] = value[client] + products.sum(1), magnitude[client] + abs(products).sum(1)
+        num_terms += rows.shape[1]
+    # A kernel adds a few dozen products in the accumulator's dtype, and the rest in float64.
+    return value, magnitude, 36 if kernel else 3 + _pairwise_roundings(num_terms)
+
+
+def difference_dots(updates: Any, others: Any, where: Any = None, kernel: bool = False) -> Any:
+    value, magnitude, roundings = _difference_dots(updates, others, kernel)
+    present = np.ones(len(value), bool) if where is None else np.asarray(where)
+    pairs = np.outer(present, present) & ~np.eye(len(value), dtype=bool)
+    dtype = accumulator_of(*leaves_of(updates))
+    # A difference of small numbers may lose what the products of large ones do not: a rounding of each factor.
+    return Expected(np.where(pairs, value, 0), np.where(pairs, magnitude, 0), roundings, dtype, dtype)
+
+
+def pairwise_squared_distances(updates: Any, where: Any = None, kernel: bool = False) -> Any:
+    value, _, roundings = _difference_dots(updates, updates, kernel)
+    value[np.isnan(value)] = np.inf
+    np.fill_diagonal(value, 0)
+    if where is not None:
+        value[~np.asarray(where)] = value[:, ~np.asarray(where)] = np.inf
+    dtype = accumulator_of(*leaves_of(updates))
+    return Expected(value, value, roundings, dtype, dtype)
+
+
+@quiet
+def mix_clients(updates: Any, mixing: Any) -> Any:
+    results, coefficients = [], widened(mixing)
+    for leaf in leaves_of(updates):
+        value, magnitude = np.zeros((2, len(coefficients), *leaf.shape[1:]))
+        for row, client in zip(*np.nonzero(coefficients), strict=True):  # 0 times NaN does not happen
+            term = coefficients[row, client] * widened(leaf)[client]
+            value[row], magnitude[row] = value[row] + term, magnitude[row] + abs(term)
+        results.append((value, magnitude, len(leaf) + 2))
+    return _finish(updates, results)
+
+
+@quiet
+def step_toward_clients(updates: Any, center: Any, weights: Any, where: Any = None, kernel: bool = False) -> Any:
+    present = np.ones(len(weights), bool) if where is None else np.asarray(where)
+    taken = np.flatnonzero(present & (widened(weights) != 0))
+    results, squares, slack, num_terms = [], np.zeros(len(weights)), np.zeros(len(weights)), 0
+    for leaf, start in zip(leaves_of(updates), leaves_of(center), strict=True):
+        rows, start = widened(leaf), widened(start)
+        terms = widened(weights)[taken].reshape((-1,) + (1,) * start.ndim) * (rows[taken] - start)
+        end, magnitude = start + terms.sum(0), abs(start) + (abs(terms)).sum(0)
+        results.append((end, magnitude, len(terms) + 4))
+        differences = (rows - end).reshape(len(rows), math.prod(end.shape))
+        squares, num_terms = squares + (differences**2).sum(1), num_terms + differences.shape[1]
+        # The end is only known to so many roundings, and the distance from it therefore too.
+        slack = slack + (len(terms) + 5) * np.broadcast_to(magnitude, start.shape).sum()
+    distances = np.sqrt(squares)
+    distances[~np.isfinite(distances)] = np.inf
+    distances, slack = np.where(present, distances, 0), np.where(present & np.isfinite(distances), slack, 0)
+    roundings = 8 if kernel else 4 + _pairwise_roundings(num_terms)
+    dtype = accumulator_of(*leaves_of(updates))
+    expected = Expected(distances, distances + slack / roundings, roundings, dtype, dtype)
+    return _finish(updates, results), expected
+
+
+# --- Private --------------------------------------------------------------------------------------------------
+
+
+@quiet
+def client_norms(updates: Any, where: Any = None, kernel: bool = False) -> Any:
+    leaves = leaves_of(updates)
+    num_terms = sum(leaf[0].size for leaf in leaves)
+    squares = [np.square(widened(leaf)).reshape(len(leaf), leaf[0].size).sum(1) for leaf in leaves]
+    norms = np.sqrt(np.sum(squares, axis=0))
+    norms = norms if where is None else np.where(where, norms, 0)
+    # Devices that share the parameters round their parts of a norm.
+    return Expected(norms, norms, 8 if kernel else _pairwise_roundings(num_terms), *[accumulator_of(*leaves)] * 2)
+
+
+@quiet
+def clipped_weighted_sum(
+    updates: Any,
+    weights: Any,
+    max_norm: Any,
+    where: Any = None,
+    return_norms: bool = False,
+    kernel: bool = False,
+) -> Any:
+    norms = client_norms(updates, where, kernel)
+    kept = np.isfinite(norms.value) if where is None else np.isfinite(norms.value) & where
+    bound = float(max_norm)
+    factors = np.array([min(1.0, bound / norm) if norm > 0 else 1.0 for norm in norms.value])
+    shares = widened(weights) * factors
+    results = []
+    for leaf in leaves_of(updates):
+        terms = _weighted_terms(leaf, shares, kept)
+        results.append((terms.sum(0), np.abs(terms).sum(0), len(terms) + 6 + norms.roundings))
+    total = _finish(updates, results)
+    return (total, norms) if return_norms else total
+
+
+def threefry(key: Any, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011): the two words that a key has for each 64-bit counter."""
+    key0, key1 = (int(word) for word in key)
+    schedule = np.array([key0, key1, key0 ^ key1 ^ 0x1BD11BDA], np.uint32)
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    x0, x1 = (counters >> np.uint64(32)).astype(np.uint32), counters.astype(np.uint32)
+    x0, x1 = x0 + schedule[0], x1 + schedule[1]
+    for group in range(5):
+        for rotation in rotations[group % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))
+            x1 = x0 ^ x1
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
+
+
+def leaf_keys(key: Any, num_leaves: int) -> list[tuple]:
+    return [key] if num_leaves == 1 else list(zip(*threefry(key, np.arange(num_leaves, dtype=np.uint64)), strict=True))
+
+
+def normals(key: Any, shape: tuple[int, ...], first: int = 0) -> np.ndarray:
+    """What `jax.random.normal` means to give, in float64: it rounds a uniform number and its square to float32."""
+    counters = np.uint64(first) + np.arange(int(np.prod(shape)), dtype=np.uint64)
+    x0, x1 = threefry(key, counters)
+    fraction = (((x0 ^ x1) >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
+    least = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = np.maximum(least, fraction * (np.float32(1) - least) + least)
+    rounded = np.sign(uniform) * np.sqrt((uniform * uniform).astype(np.float64))
+    return np.sqrt(2) * scipy.special.erfinv(rounded).reshape(shape)
+
+
+# A normal is off by some ten ulp at most: the polynomial's error, and that of a logarithm near 0.
+NORMAL_ROUNDINGS = 20
+
+
+def _with_noise(total: Any, key: Any, stddev: Any) -> Any:
+    leaves, structure = jax.tree.flatten(total, is_leaf=is_expected)
+    noisy = []
+    for expected, leaf_key in zip(leaves, leaf_keys(key, len(leaves)), strict=True):
+        noise = float(stddev) * normals(leaf_key, expected.value.shape)
+        # Float32 noise, whatever the accumulator.
+        scale = unit_roundoff(np.float32) / unit_roundoff(expected.accumulator)
+        magnitude = np.nan_to_num(expected.magnitude, nan=0, posinf=0) + NORMAL_ROUNDINGS * scale * np.abs(noise)
+        noisy.append(
+            expected._replace(
+                value=expected.value + noise, magnitude=magnitude, roundings=max(expected.roundings, 1) + 2
+            )
+        )
+    return jax.tree.unflatten(structure, noisy)
+
+
+def noisy_weighted_sum(key: Any, updates: Any, weights: Any, stddev: Any, where: Any = None) -> Any:
+    return _with_noise(weighted_sum(updates, weights, where), key, stddev)
+
+
+def clipped_noisy_weighted_sum(
+    key: Any,
+    updates: Any,
+    weights: Any,
+    max_norm: Any,
+    stddev: Any,
+    where: Any = None,
+    kernel: bool = False,
+) -> Any:
+    return _with_noise(clipped_weighted_sum(updates, weights, max_norm, where, kernel=kernel), key, stddev)
+
+
+# --- Server optimizers ----------------------------------------------------------------------------------------
+
+
+@quiet
+def _server_update(rule: Any, params: Any, state: Any, updates: Any, weights: Any, where: Any) -> Any:
+    """`rule(m, v, Δ)` gives the moments, the step, and how errors of Δ grow into errors of the three."""
+    deltas = leaves_of_expected(weighted_mean(updates, weights, where))
+    someone = where is None or bool(np.any(where))
+    good = someone and all(np.isfinite(delta.value).all() for delta in deltas)
+    columns: tuple[list, list, list] = ([], [], [])
+    moments = zip(leaves_of(state.first_moment), leaves_of(state.second_moment), strict=True)
+    for param, (first, second), delta in zip(leaves_of(params), moments, deltas, strict=True):
+        old = [widened(x) for x in (param, first, second)]
+        accumulator = accumulator_of(param)
+        if not good:
+            values, magnitudes, roundings = old, old, 0
+        else:
+            (m, m_error), (v, v_error), (step, step_error) = rule(old[1], old[2], delta.value, delta.magnitude)
+            values, roundings = [old[0] + step, m, v], delta.roundings + 8
+            magnitudes = [np.abs(old[0]) + step_error, m_error, v_error]
+        dtypes = (param.dtype, first.dtype, second.dtype)
+        for column, value, magnitude, dtype in zip(columns, values, magnitudes, dtypes, strict=True):
+            column.append(Expected(value, np.abs(magnitude), roundings, accumulator, dtype))
+    structure = jax.tree.structure(params)
+    step_count = np.asarray(state.step + good)
+    trees = [jax.tree.unflatten(structure, column) for column in columns]
+    return trees[0], type(state)(Expected(step_count, step_count, 0, np.float32, np.int32), *trees[1:])
+
+
+def leaves_of_expected(tree: Any) -> list[Expected]:
+    return jax.tree.leaves(tree, is_leaf=is_expected)
+
+
+def fedavgm_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, momentum: Any, weights: Any = None, where: Any = None
+) -> Any:
+    eta, beta = float(learning_rate), float(momentum)
+
+    def rule(m: Any, v: Any, delta: Any, error: Any) -> Any:
+        m, m_error = beta * m + delta, np.abs(beta * m) + error
+        return (m, m_error), (v, v), (eta * m, eta * m_error)
+
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def _adaptive(eta: float, b1: float, tau: float, new_second: Any) -> Any:
+    def rule(m: Any, v: Any, delta: Any, error: Any) -> Any:
+        m, m_error = b1 * m + (1 - b1) * delta, np.abs(b1 * m) + (1 - b1) * error
+        v, v_error = new_second(v, delta, 2 * np.abs(delta) * error + delta**2)
+        root = np.sqrt(v)
+        # d(√v) = dv / 2√v.
+        step_error = m_error / (root + tau) + np.abs(m) / (root + tau) ** 2 * (v_error / (2 * root) + root + tau)
+        return (m, m_error), (v, v_error), (eta * m / (root + tau), eta * step_error)
+
+    return rule
+
+
+def fedadagrad_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, tau: Any, weights: Any = None, where: Any = None
+) -> Any:
+    rule = _adaptive(float(learning_rate), 0.0, float(tau), lambda v, delta, error: (v + delta**2, v + error))
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def fedadam_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, b1: Any, b2: Any, tau: Any,
+    weights: Any = None, where: Any = None,
+) -> Any:  # fmt: skip
+    def new_second(v: Any, delta: Any, error: Any) -> Any:
+        return float(b2) * v + (1 - float(b2)) * delta**2, float(b2) * v + (1 - float(b2)) * error
+
+    rule = _adaptive(float(learning_rate), float(b1), float(tau), new_second)
+    return _server_update(rule, params, state, updates, weights, where)
+
+
+def fedyogi_weighted_update(
+    params: Any, state: Any, updates: Any, learning_rate: Any, b1: Any, b2: Any, tau: Any,
+    weights: Any = None, where: Any = None,
+) -> Any:  # fmt: skip
+    def new_second(v: Any, delta: Any, error: Any) -> Any:
+        step = (1 - float(b2)) * delta**2 * np.sign(v - delta**2)
+        return v - step, v + (1 - float(b2)) * error
+
+    rule = _adaptive(float(learning_rate), float(b1), float(tau), new_second)
+    return _server_update(rule, params, state, updates, weights, where)
 
 
 # --- Compressed updates -----------------------------------------------------------------------------------------
@@ -358,7 +663,7 @@ def assert_leaf_matches(got: Any, expected: Expected, name: str = "") -> None:
     got = np.asarray(got)
     assert got.dtype == np.dtype(expected.dtype), f"{name}: dtype {got.dtype}, not {np.dtype(expected.dtype)}"
     assert got.shape == expected.value.shape, f"{name}: shape {got.shape}, not {expected.value.shape}"
-    if got.dtype == bool:
+    if not jax.numpy.issubdtype(got.dtype, np.floating):
         np.testing.assert_array_equal(got, expected.value, name)
         return
     rounded = widened(expected.value.astype(got.dtype))  # beyond the dtype's range: inf

@@ -283,9 +283,14 @@ def differentiable_part(case, problem):
     """The operation as a function of what it is differentiable in, and those arguments."""
     values = to_jax(case.sample(problem))
     primals, with_these = case.split(values, case.differentiable)
-    function = lambda *varied: case.call(*with_these(*varied))  # noqa: E731
-    definition = lambda *varied: case.definition(*with_these(*varied))  # noqa: E731
+    function = lambda *varied: floats(case.call(*with_these(*varied)))  # noqa: E731
+    definition = lambda *varied: floats(case.definition(*with_these(*varied)))  # noqa: E731
     return function, definition, primals
+
+
+def floats(results):
+    """The results that have a derivative."""
+    return [leaf for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 @differentiable_case

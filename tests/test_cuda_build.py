@@ -62,12 +62,13 @@ def test_kernels_on_the_host(tmp_path):
     generated = tmp_path / "generated" / "networks.h"
     subprocess.run([sys.executable, FFI / "math" / "networks.py", "--output", generated], check=True)
     objects = []
-    for source in [*SOURCES, FFI / "cuda" / "tests" / "kernels_test.cc"]:
+    for source in SOURCES:
         objects.append(tmp_path / f"{source.stem}.o")
         compile_cxx(objects[-1], f"-I{tmp_path}", "-c", "-x", "c++", source)
-    program = tmp_path / "kernels_test"
-    compile_cxx(program, *objects)
-    assert " 0 failed" in run(program)
+    for test in ("kernels_test", "private_test"):
+        program = tmp_path / test
+        compile_cxx(program, f"-I{tmp_path}", FFI / "cuda" / "tests" / f"{test}.cc", *objects)
+        assert " 0 failed" in run(program)
 
 
 @needs_sources

@@ -17,6 +17,7 @@ import fedjax  # noqa: E402
 from fedfuse_jax.demo import __main__ as command_line  # noqa: E402
 from fedfuse_jax.demo import report, simulation  # noqa: E402
 from fedfuse_jax.demo.attacks import ATTACKS, NO_ATTACK, Attack  # noqa: E402
+from fedfuse_jax.demo.rules import DEFAULT_RULES, RULES, Rule  # noqa: E402
 from fedfuse_jax.demo.simulation import Outcome, Scenario  # noqa: E402
 
 every_attack = pytest.mark.parametrize("attack_name", ATTACKS)
@@ -74,11 +75,21 @@ def test_attacks():
     np.testing.assert_array_equal(ATTACKS["sign-flip"].corrupt_update(leaf), [-1, 2])
     np.testing.assert_array_equal(ATTACKS["label-flip"].corrupt_update(leaf), leaf)
     np.testing.assert_array_equal(ATTACKS["label-flip"].corrupt_labels(labels), labels[::-1])
-    for name in ("scaled", "nan", "sign-flip"):
+    np.testing.assert_array_equal(ATTACKS["inf"].corrupt_update(leaf), [np.inf, np.inf])
+    for name in ATTACKS.keys() - {"label-flip"}:
         np.testing.assert_array_equal(ATTACKS[name].corrupt_labels(labels), labels)
 
 
-def test_bad_clients_alone_send_what_is_bad():
+def test_attacks_in_collusion():
+    good = np.array([[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]], np.float32)
+    np.testing.assert_allclose(ATTACKS["alie"].collude(good), [3 - 1.5 * 7**0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(ATTACKS["ipm"].collude(good), [-1.5, 0])
+    np.testing.assert_array_equal(ATTACKS["mimic"].collude(good), [1, 0])
+    assert {name for name, row in ATTACKS.items() if row.collude} == {"alie", "ipm", "mimic"}
+
+
+def sent_under(attack, bad_clients):
+    """What an aggregator gets when the clients' updates are their numbers, from 1."""
     sent = []
 
     def apply(clients, state):
@@ -86,10 +97,20 @@ def test_bad_clients_alone_send_what_is_bad():
         return None, state
 
     inner = fedjax.aggregators.Aggregator(lambda: (), apply)
-    attacked = simulation._under_attack(inner, lambda leaf: -leaf, {1, 3})
-    attacked.apply(((index, {"w": np.ones(2)}, index) for index in range(4)), ())
-    assert [update["w"][0] for _, update, _ in sent] == [1, -1, 1, -1]
+    attacked = simulation._under_attack(inner, attack, bad_clients)
+    attacked.apply(((index, {"w": np.full(2, 1.0 + index, np.float32)}, index) for index in range(4)), ())
+    assert [client_id for client_id, _, _ in sent] == [0, 1, 2, 3]
     assert [weight for _, _, weight in sent] == [0, 1, 2, 3]
+    return [float(update["w"][0]) for _, update, _ in sent]
+
+
+def test_bad_clients_alone_send_what_is_bad():
+    assert sent_under(ATTACKS["sign-flip"], {1, 3}) == [1, -2, 3, -4]
+
+
+def test_colluding_clients_know_the_good_ones_alone():
+    assert sent_under(ATTACKS["ipm"], {1, 3}) == [1, -1, 3, -1]  # -0.5 times the mean of 1 and 3
+    assert sent_under(ATTACKS["mimic"], {0, 3}) == [2, 2, 3, 2]
 
 
 def test_bad_clients_alone_learn_what_is_bad(federation, model, monkeypatch):
@@ -111,7 +132,8 @@ def test_bad_clients_alone_learn_what_is_bad(federation, model, monkeypatch):
 def test_scenarios_begin_with_what_the_others_are_compared_to():
     first, *others = simulation.scenarios("nan")
     assert (first.rule, first.attack) == ("mean", NO_ATTACK)
-    assert [(row.rule, row.attack) for row in others] == [(rule, ATTACKS["nan"]) for rule in simulation.RULES]
+    assert [(row.rule, row.attack) for row in others] == [(rule, ATTACKS["nan"]) for rule in DEFAULT_RULES]
+    assert [row.rule for row in simulation.scenarios("nan", ["krum"])] == ["mean", "krum"]
 
 
 # The training
@@ -143,12 +165,32 @@ def test_robust_rules_hold(federation, model, rule, attack_name):
     assert last.finite
 
 
+@pytest.mark.parametrize("rule", RULES.keys() - {"mean"})
+def test_every_robust_rule_learns_something_under_attack(model, rule):
+    num_bad = 3
+    federation = simulation.make_federation(15, 0, num_bad)
+    assert len(federation.bad_clients) == num_bad
+    last = final(federation, model, rule, ATTACKS["inf"], rounds=6)
+    assert last.finite
+    assert last.accuracy > 0.4  # chance is 0.1
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules_take_as_few_clients_as_they_say(rule):
+    for num_bad in (0, 1, 2):
+        least = rule.least_clients(num_bad)
+        aggregator = rule.build(num_bad)
+        clients = [(index, {"w": np.full(2, 1.0 + index % 3, np.float32)}, 1) for index in range(least)]
+        result, _ = aggregator.apply(clients, aggregator.init())
+        assert np.isfinite(result["w"]).all()
+
+
 def test_model_that_is_nan_reads_every_digit_as_0(federation, model):
     last = final(federation, model, "mean", ATTACKS["nan"], rounds=1)
     assert last == Outcome(np.float32(np.mean(federation.test["y"] == 0)), finite=False)
 
 
-@pytest.mark.parametrize("rule", simulation.RULES)
+@pytest.mark.parametrize("rule", ["mean", "median", "bucketed geometric median"])
 def test_same_seed_same_numbers(federation, model, rule):
     scenario = Scenario("", rule, ATTACKS["scaled"])
     first = list(simulation.train(federation, model, scenario, rounds=3))
@@ -226,7 +268,8 @@ def test_command(tmp_path):
             ["--output", "no/such/picture.png"],
             "argument --output: got 'no/such/picture.png', which",
         ),
-        (["--rule", "mean"], "unrecognized arguments: --rule"),
+        (["--rules", "meen"], "argument --rules: got 'meen', needs one of mean, median, trimmed-mean, "),
+        (["--rules", "bulyan"], "bulyan needs 43 clients where 10 are bad; got 40"),
     ],
 )
 def test_refuses(arguments, message, capsys, monkeypatch, tmp_path):
@@ -277,6 +320,22 @@ def test_help_names_every_attack(attack_name, capsys):
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert re.search(rf"{attack_name} +bad clients {ATTACKS[attack_name].description}", shown)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_help_names_every_rule(rule, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["--help"])
+    assert re.search(
+        rf"{re.escape(rule.replace(' ', '-'))} +{re.escape(RULES[rule].description)}", capsys.readouterr().out
+    )
+    assert command_line._parse(["--clients", "43", "--rules", rule.replace(" ", "-")]).rules == [rule]
+
+
+def test_a_rule_is_one_row(federation, model, monkeypatch):
+    monkeypatch.setitem(RULES, "lazy", Rule("", RULES["mean"].build, lambda f: 1))
+    assert command_line._parse(["--rules", "lazy"]).rules == ["lazy"]
+    assert len(list(simulation.train(federation, model, simulation.scenarios("nan", ["lazy"])[1], 1))) == 1
 
 
 def test_an_attack_is_one_row(federation, model, monkeypatch):

@@ -23,9 +23,9 @@ from fedfuse_jax import _native, _primitive
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPERATIONS = sorted(name for name in ff.__all__ if callable(getattr(ff, name)))
-OPTIONAL = ("fedjax",)  # what an example may need beside the package
-ADAPTERS = {"fedjax": "fedfuse_jax.fedjax"}  # the framework that each of them needs
+OPERATIONS = sorted(name for name in ff.__all__ if inspect.isfunction(getattr(ff, name)))
+OPTIONAL = ("fedjax", "optax", "dp_accounting")  # what an example may need beside the package
+ADAPTERS = {"fedjax": "fedfuse_jax.fedjax", "optax": "fedfuse_jax.optax"}  # the framework that each of them needs
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -65,7 +65,7 @@ def test_examples_of_a_page(page):
 
 
 def modules():
-    """Every module of the installed package with Python in it, by name; nothing is imported."""
+    """Every module of the installed package with Python in it, by name; only packages are imported."""
     for module in pkgutil.walk_packages(ff.__path__, "fedfuse_jax."):
         if not re.search(r"\._(cpu|cuda)$|\.__main__$", module.name):
             yield module.name
@@ -73,7 +73,7 @@ def modules():
 
 @pytest.mark.parametrize("name", ["fedfuse_jax", *modules()])
 def test_examples_of_docstrings(name):
-    if name.startswith(("fedfuse_jax.fedjax", "fedfuse_jax.demo")):
+    if name.startswith((*ADAPTERS.values(), "fedfuse_jax.demo")):
         for framework in ("fedjax", *(("sklearn", "matplotlib", "rich") if "demo" in name else ())):
             pytest.importorskip(framework)
     module = importlib.import_module(name)
@@ -165,7 +165,11 @@ def test_links_to_files(page):
 
 def test_every_page_is_reachable():
     listed = re.findall(r"^(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
-    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index", "benchmarks_table"} <= set(listed)
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {
+        "index",
+        "benchmarks_table",
+        "robustness_table",
+    } <= set(listed)
 
 
 def test_figures_in_the_readme_were_measured():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import ROWS, Kind
+from test_table import RULES
 
 import fedfuse_jax as ff
 
@@ -22,9 +23,36 @@ REDUCTIONS = {
     "finite_clients": ff.finite_clients,
     "coordinate_median": ff.coordinate_median,
     "trimmed_mean": ff.trimmed_mean,
+    "mean_around_median": lambda updates, **options: ff.mean_around_median(updates, 1, **options),
+    "pairwise_squared_distances": ff.pairwise_squared_distances,
+    "krum": lambda updates, **options: ff.krum(updates, 1, **options),
+    "multi_krum": lambda updates, **options: ff.multi_krum(updates, 1, **options),
+    "bulyan": lambda updates, **options: ff.bulyan(updates, 0, **options),
+    "nearest_neighbor_mixing": lambda updates, **options: ff.nearest_neighbor_mixing(updates, 1, **options),
+    "bucketing": lambda updates, **options: ff.bucketing(KEY, updates, 2, **options),
+    "geometric_median": ff.geometric_median,
+    "centered_clipping": lambda updates, **options: ff.centered_clipping(updates, jnp.zeros(3), 1.0, **options),
+    "clipped_weighted_sum": lambda updates, **options: ff.clipped_weighted_sum(
+        updates, options.pop("weights", np.ones(4)), options.pop("max_norm", 1.0), **options
+    ),
+    "noisy_weighted_sum": lambda updates, **options: ff.noisy_weighted_sum(
+        options.pop("key", KEY), updates, options.pop("weights", np.ones(4)), options.pop("stddev", 1.0), **options
+    ),
+    "clipped_noisy_weighted_sum": lambda updates, **options: ff.clipped_noisy_weighted_sum(
+        options.pop("key", KEY),
+        updates,
+        options.pop("weights", np.ones(4)),
+        options.pop("max_norm", 1.0),
+        options.pop("stddev", 1.0),
+        **options,
+    ),
 }
 WITH_WHERE = [name for name in REDUCTIONS if name != "finite_clients"]
-WITH_OUT_DTYPE = ["weighted_sum", "weighted_mean", "coordinate_median", "trimmed_mean"]
+WITHOUT_OUT_DTYPE = {
+    "squared_norms", "pairwise_squared_distances", "clipped_weighted_sum", "noisy_weighted_sum",
+    "clipped_noisy_weighted_sum",
+}  # fmt: skip
+WITH_OUT_DTYPE = [name for name in WITH_WHERE if name not in WITHOUT_OUT_DTYPE]
 
 
 def refusal(kind, operation, argument, *fragments):
@@ -95,7 +123,12 @@ BAD_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("operation", ["weighted_sum", "weighted_mean"])
+WITH_WEIGHTS = [
+    "weighted_sum", "weighted_mean", "clipped_weighted_sum", "noisy_weighted_sum", "clipped_noisy_weighted_sum",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", WITH_WEIGHTS)
 @pytest.mark.parametrize("bad", BAD_WEIGHTS)
 def test_weights(operation, bad):
     weights, kind, *fragments = BAD_WEIGHTS[bad]
@@ -184,14 +217,151 @@ def test_stack_clients(bad):
     check_refused(lambda: ff.stack_clients(updates), *refusal(kind, "stack_clients", argument, *fragments))
 
 
+# Private sums: what a bound, a deviation and a key may not be.
+BAD_AMOUNTS = {
+    "negative": (-1.0, ValueError, "-1", "at least 0"),
+    "negative integer": (-1, ValueError, "-1", "at least 0"),
+    "negative NumPy": (np.float32(-0.5), ValueError, "-0.5", "at least 0"),
+    "NaN": (float("nan"), ValueError, "nan", "at least 0"),
+    "vector": (jnp.ones(4), ValueError, "(4,)", "scalar"),
+    "complex": (1j, TypeError, "complex64", "real"),
+    "text": ("large", TypeError, "'large'", "real"),
+    "key": (KEY, TypeError, "key", "real"),
+    "None": (None, TypeError, "None", "real"),
+}
+BAD_KEYS = {
+    "seed": (0, TypeError, "int 0", "jax.random.key"),
+    "None": (None, TypeError, "None", "jax.random.key"),
+    "text": ("key", TypeError, "'key'", "jax.random.key"),
+    "floats": (jnp.ones(2), TypeError, "float32[2]", "uint32[2]"),
+    "signed": (jnp.ones(2, jnp.int32), TypeError, "int32[2]", "uint32[2]"),
+    "three words": (jnp.ones(3, jnp.uint32), ValueError, "uint32[3]", "uint32[2]"),
+    "several": (jax.random.split(KEY, 2), ValueError, "(2,)", "one JAX key"),
+    "several, raw": (jnp.ones((2, 2), jnp.uint32), ValueError, "uint32[2,2]", "uint32[2]"),
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument"),
+    [
+        ("clipped_weighted_sum", "max_norm"), ("clipped_noisy_weighted_sum", "max_norm"),
+        ("noisy_weighted_sum", "stddev"), ("clipped_noisy_weighted_sum", "stddev"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bad", BAD_AMOUNTS)
+def test_bounds_and_deviations(operation, argument, bad):
+    value, kind, *fragments = BAD_AMOUNTS[bad]
+    call = lambda: REDUCTIONS[operation](X, **{argument: value})  # noqa: E731
+    check_refused(call, *refusal(kind, operation, argument, *fragments))
+
+
+@pytest.mark.parametrize("operation", ["noisy_weighted_sum", "clipped_noisy_weighted_sum"])
+@pytest.mark.parametrize("bad", BAD_KEYS)
+def test_keys(operation, bad):
+    key, kind, *fragments = BAD_KEYS[bad]
+    call = lambda: REDUCTIONS[operation](X, key=key)  # noqa: E731
+    check_refused(call, *refusal(kind, operation, "key", *fragments))
+
+
+BAD_ADAPTATIONS = {
+    "negative bound": ({"clip_norm": -1.0}, ValueError, "clip_norm", "-1.0", "at least 0"),
+    "bound vector": ({"clip_norm": jnp.ones(2)}, ValueError, "clip_norm", "(2,)", "scalar"),
+    "norms matrix": ({"norms": X}, ValueError, "norms", "(4, 3)", "(n_clients,)"),
+    "no norms": ({"norms": jnp.ones(0)}, ValueError, "norms", "(0,)", "one client"),
+    "complex norms": ({"norms": jnp.ones(4, complex)}, TypeError, "norms", "complex64", "real"),
+    "quantile": ({"target_quantile": 1.5}, ValueError, "target_quantile", "1.5", "from 0 to 1"),
+    "rate": ({"learning_rate": -0.1}, ValueError, "learning_rate", "-0.1", "at least 0"),
+    "deviation": ({"count_stddev": -1.0, "key": KEY}, ValueError, "count_stddev", "-1.0", "at least 0"),
+    "no key": ({"count_stddev": 1.0}, ValueError, "key", "None", "needs a key"),
+    "key": ({"key": 0, "count_stddev": 1.0}, TypeError, "key", "int 0", "jax.random.key"),
+    "where": ({"where": np.ones(3, bool)}, ValueError, "where", "(3,)", "(4,)"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ADAPTATIONS)
+def test_adaptive_clip_norm(bad):
+    options, kind, argument, *fragments = BAD_ADAPTATIONS[bad]
+    arguments = {"clip_norm": 1.0, "norms": jnp.ones(4)} | options
+    call = lambda: ff.adaptive_clip_norm(**arguments)  # noqa: E731
+    check_refused(call, *refusal(kind, "adaptive_clip_norm", argument, *fragments))
+
+
+# Server optimizers: parameters, state and updates have to fit each other.
+SERVER = {
+    "fedavgm_weighted_update": ff.fedavgm_weighted_update,
+    "fedadagrad_weighted_update": ff.fedadagrad_weighted_update,
+    "fedadam_weighted_update": ff.fedadam_weighted_update,
+    "fedyogi_weighted_update": ff.fedyogi_weighted_update,
+}
+STATE = ff.init_server_state(TREE)
+UPDATES = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
+BAD_ROUNDS = {
+    "integer parameters": ({"params": {"w": jnp.ones(3, int), "b": 1.0}}, TypeError, "params['w']", "int32", "float"),
+    "structure": ({"params": {"w": jnp.ones(3)}}, ValueError, "state.first_moment", "PyTreeDef"),
+    "shape": ({"params": {**TREE, "w": jnp.ones(2)}}, ValueError, "state.first_moment['w']", "(3,)", "(2,)"),
+    "no state": ({"state": None}, TypeError, "state", "None", "init_server_state(params)"),
+    "another state": ({"state": (0, TREE, TREE)}, TypeError, "state", "tuple", "init_server_state(params)"),
+    "step": ({"state": STATE._replace(step=1.5)}, TypeError, "state.step", "float32", "int32"),
+    "steps": ({"state": STATE._replace(step=jnp.ones(2, int))}, ValueError, "state.step", "(2,)", "scalar"),
+    "moment structure": (
+        {"state": STATE._replace(second_moment={"w": jnp.ones(3)})}, ValueError, "state.second_moment", "PyTreeDef",
+    ),
+    "low moment": (
+        {"state": STATE._replace(first_moment=jax.tree.map(lambda x: x.astype(jnp.bfloat16), TREE))},
+        TypeError, "state.first_moment['b']", "bfloat16", "float32",
+    ),
+    "updates structure": ({"updates": {"w": X}}, ValueError, "updates", "PyTreeDef"),
+    "updates shape": ({"updates": {**UPDATES, "w": jnp.ones((4, 2))}}, ValueError, "updates['w']", "(4, 2)", "(4, 3)"),
+    "updates of one": ({"updates": TREE}, ValueError, "updates['b']", "scalar"),
+    "integer updates": ({"updates": {**UPDATES, "b": jnp.ones(4, int)}}, TypeError, "updates['b']", "int32", "float"),
+    "weights": ({"weights": jnp.ones(3)}, ValueError, "weights", "(3,)", "(4,)"),
+    "where": ({"where": jnp.ones(4)}, TypeError, "where", "float32", "bool"),
+    "rate": ({"learning_rate": jnp.ones(2)}, ValueError, "learning_rate", "(2,)", "scalar"),
+    "NaN rate": ({"learning_rate": float("nan")}, ValueError, "learning_rate", "nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", SERVER)
+@pytest.mark.parametrize("bad", BAD_ROUNDS)
+def test_server_rounds(operation, bad):
+    options, kind, argument, *fragments = BAD_ROUNDS[bad]
+    arguments = {"params": TREE, "state": STATE, "updates": UPDATES, "learning_rate": 0.1} | options
+    call = lambda: SERVER[operation](**arguments)  # noqa: E731
+    check_refused(call, *refusal(kind, operation, argument, *fragments))
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument", "value"),
+    [
+        ("fedavgm_weighted_update", "momentum", -0.1), ("fedavgm_weighted_update", "momentum", 1.5),
+        ("fedadagrad_weighted_update", "tau", -1e-3), ("fedadam_weighted_update", "b1", 2),
+        ("fedadam_weighted_update", "b2", -1), ("fedyogi_weighted_update", "b2", float("nan")),
+        ("fedyogi_weighted_update", "tau", -1.0),
+    ],
+)  # fmt: skip
+def test_server_rates(operation, argument, value):
+    call = lambda: SERVER[operation](TREE, STATE, UPDATES, learning_rate=0.1, **{argument: value})  # noqa: E731
+    check_refused(call, *refusal(ValueError, operation, argument, str(value)))
+
+
+def test_server_state():
+    check_refused(
+        lambda: ff.init_server_state({"n": jnp.ones(2, int)}),
+        *refusal(TypeError, "init_server_state", "params['n']", "int32", "floating-point"),
+    )
+    check_refused(
+        lambda: ff.init_server_state(TREE, tau=-1.0), *refusal(ValueError, "init_server_state", "tau", "-1.0")
+    )
+
+
 def test_every_public_operation_is_refused_something_here():
     elsewhere = {"topk_sparse_weighted_sum", "quantized_weighted_sum"}  # in test_compressed_errors.py
-    tested = {*REDUCTIONS, *elsewhere, "accumulate_weighted", "stack_clients"}
+    tested = {*REDUCTIONS, *SERVER, *elsewhere, "accumulate_weighted", "stack_clients"} - RULES
     assert tested == {row.operation for row in ROWS if row.public}
-    assert {*WITH_WHERE, *elsewhere} == {
+    assert {*WITH_WHERE, *SERVER, *elsewhere} - RULES == {
         row.operation for row in ROWS if row.public and Kind.WHERE in row.arguments.values()
     }
-    assert set(WITH_OUT_DTYPE) == {row.operation for row in ROWS if row.out_dtype}
+    assert set(WITH_OUT_DTYPE) - RULES == {row.operation for row in ROWS if row.out_dtype}
 
 
 # --- Values decide no error -------------------------------------------------------------------------------------
@@ -257,7 +427,7 @@ def test_an_unknown_name_is_refused_at_import():
     done = python("import fedfuse_jax", FEDFUSE_DISABLE_KERNELS="coordinate_median,median")
     assert done.returncode != 0
     assert "ValueError: fedfuse_jax: FEDFUSE_DISABLE_KERNELS names 'median', which is no operation" in done.stderr
-    assert "needs 1 or names out of: accumulate_weighted, client_dots, coordinate_median" in done.stderr
+    assert "needs 1 or names out of: accumulate_weighted, client_dots, " in done.stderr
 
 
 @pytest.mark.parametrize("value", ["1", "coordinate_median, squared_norms"])

@@ -211,6 +211,14 @@ RIGHT_ALL_THE_SAME = {
     "client_dots": rf"operand [0123] of float16|{LARGER}",
     "selected_mean": rf"result [01] of float16|{TRIM}",
     "spread_to_selected": rf"operand [23] of float16|{TRIM}",
+    "client_norms": rf"{LEAVES}|{ANY_SHAPE}|result 1 of shape \((160, 2|1, 160|161,)\)",
+    "clipped_weighted_sum": r"operand [01] of float16|result 3 of shape \((240, 2|1, 240|241,)\)",
+    "noisy_weighted_sum": r"operand [01] of float16",
+    "clipped_noisy_weighted_sum": r"operand [01] of float16|result 3 of shape \((240, 2|1, 240|241,)\)",
+    **dict.fromkeys(
+        [f"fed{rule}_weighted_update" for rule in ("avgm", "adagrad", "adam", "yogi")],
+        r"operand [78] of float16|attribute rule = np.int32\([0123]\)|result 7 of shape \(.*\)",
+    ),
     "topk_sparse_weighted_sum": rf"operand 0 of float16|{FLAT_RESULT}|result 1 of shape .*",
     "sparse_spread": rf"result 0 of float16|{ANY_VECTOR}|{EMPTY_RESULT}",
     "sparse_dots": rf"operand 0 of float16|{ANY_VECTOR}|{EMPTY_RESULT}",
@@ -251,3 +259,16 @@ def test_wrong_buffers_are_refused(case, batch):
     if not batch:  # shapes are named for the single call
         right = RIGHT_ALL_THE_SAME[case.row.operation]
         assert [what for what in accepted if not re.fullmatch(right, what)] == []
+
+
+@pytest.mark.parametrize("case", FULLEST, ids=str)
+def test_a_batch_that_is_too_small_is_refused(case):
+    """Each operand has all of the batch or one element for all of it; a kernel would read past anything between."""
+    if not has_kernel(case.row.operation):
+        pytest.skip(f"no compiled kernel of {case.row.operation}: nothing to refuse")
+    call = native_call(case, batch=(3,))
+    call.run()
+    for i, operand in enumerate(call.operands):
+        message = refusal(dataclasses.replace(call, operands=replaced(call.operands, i, operand[:2])))
+        assert message is not None, f"operand {i}"
+        assert "INVALID_ARGUMENT" in message, f"operand {i}: {message}"

@@ -12,7 +12,7 @@ fedjax = pytest.importorskip("fedjax")
 from fedjax.aggregators import compression, walsh_hadamard  # noqa: E402
 
 from fedfuse_jax import fedjax as ours  # noqa: E402
-from fedfuse_jax import fedjax_compression as inner  # noqa: E402
+from fedfuse_jax.fedjax import compression as inner  # noqa: E402
 
 KEY = jax.random.PRNGKey(3)
 TREE = {

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from operations import CASES, Kind, Problem, has_kernel, to_jax
 from test_battery import assert_close, assert_same_bits
 
+from fedfuse_jax import _primitive
+
 SHAPES = (("kernel", (8, 4)), ("wide", (12,)), ("bias", ()))
 PROBLEM = Problem(n_clients=8, shapes=SHAPES, values="apart")
 
@@ -34,6 +36,11 @@ both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit],
 ROWS_OF_CLIENTS = (Kind.WEIGHTS, Kind.WHERE, Kind.ENTRIES, Kind.INDICES, Kind.CODES, Kind.LEVELS, Kind.FACTORS)
 
 
+def leaf_name(path):
+    """The parameter that a leaf stands for; None for a whole array, or a number of the whole tree."""
+    return getattr(path[-1], "key", None) if path else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     mesh_shape: tuple[int, ...]
@@ -46,13 +53,14 @@ class Layout:
         return {
             Kind.STACKED: P(self.clients, *parameters),
             **dict.fromkeys(ROWS_OF_CLIENTS, P(self.clients)),
+            Kind.MIXING: P(None, self.clients),
         }.get(kind, P(*parameters))
 
     def specs(self, case, values):
         """A tree of specs like the arguments."""
         return tuple(
             jax.tree_util.tree_map_with_path(
-                lambda path, _, name=name: self.spec(case.row.arguments[name], path[-1].key if path else None), value
+                lambda path, _, name=name: self.spec(case.row.arguments[name], leaf_name(path)), value
             )
             for name, value in zip(case.names, values, strict=True)
         )
@@ -90,7 +98,7 @@ def check_collectives(text, case, layout):
     found = hlo.collectives(text)
     if layout.clients is None:
         assert found == dict.fromkeys(case.row.collectives, 1)
-    elif not case.row.order_statistic and "selected" not in case.row.operation and case.row.public:
+    elif "clients" not in _primitive.OPERATIONS[case.row.operation]._whole_axes and case.row.public:
         assert set(found) <= {"all-reduce"}
 
 
@@ -205,14 +213,15 @@ def test_uneven_shards(case):
 
 def result_specs(case, layout, values):
     """Where the results of parameter-sharded arguments lie."""
-    if not case.row.coordinate_wise:
-        return P()
     results = jax.eval_shape(case.call, *to_jax(values))
     kind = Kind.STACKED if case.row.operation in ("stack_clients", "spread_to_selected") else Kind.CLIENT
-    return jax.tree_util.tree_map_with_path(lambda path, _: layout.spec(kind, path[-1].key if path else None), results)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: layout.spec(kind, leaf_name(path)) if leaf_name(path) else P(), results
+    )
 
 
-PUBLIC = [case for case in FULL if case.row.public]
+# Blocks have the same noise unless the caller folds the shard's index into the key.
+PUBLIC = [case for case in FULL if case.row.public and not case.row.random]
 ALL_SHARDED = Problem(n_clients=8, shapes=SHAPES[:2], values="apart")
 
 

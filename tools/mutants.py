@@ -28,16 +28,22 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("fedfuse_jax", "ffi", "tests", "benchmarks", "tools", "CMakeLists.txt", "pyproject.toml")
 TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts as caught
 
-LINEAR, ORDER, COMPRESSED = "linear", "order statistics", "compressed"
+LINEAR, ORDER = "linear", "order statistics"
+PRIVATE, SERVER = "private", "server optimizers"
+ADAPTERS, COMPRESSED = "adapters", "compressed"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
 LINEAR_BATTERY = ("tests/test_battery.py", "-k", "(weighted or norms or finite_clients or stack or dots)")
-ORDER_BATTERY = ("tests/test_battery.py", "-k", "(median or trimmed or selected)")
 ORDER_SIZES = ("tests/test_order_statistics.py",)
 NETWORKS = ("tests/test_networks.py",)
-NATIVE = ("tests/test_export.py", "-k", "wrong_buffers")
+NATIVE = ("tests/test_export.py", "-k", "too_small")
 ERRORS = ("tests/test_errors.py",)
+SENSITIVITY = ("tests/test_private.py", "-k", "one_client or lone or float64 or bound")
+NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counters or generators")
+ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
+ROUNDS = ("tests/test_server.py",)
+FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -82,6 +88,14 @@ RADIX, NETWORK_TILE = "ffi/cpu/kernels/radix_select.h", "ffi/cpu/kernels/network
 COMPRESSED_RULES, COMPRESSED_CONTRACT = "fedfuse_jax/compressed.py", "ffi/contract/compressed.cc"
 COMPRESSED_TILES, CODES_KERNEL = "ffi/cpu/compressed.cc", "ffi/cpu/kernels/quantized.cc"
 KEYS, GENERATOR = "ffi/math/ordered_keys.h", "ffi/math/networks.py"
+PRIVATE_RULES, SERVER_OPERATIONS = "fedfuse_jax/private.py", "fedfuse_jax/server.py"
+PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
+CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
+SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
+EXECUTOR = "ffi/cpu/executor.cc"
+PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
+SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
+BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
 
 MUTANTS = (
     # --- Linear operations: definitions -------------------------------------------------------------------------
@@ -124,7 +138,8 @@ MUTANTS = (
     Mutant(LINEAR, REDUCE, "sums, _masked(operands[\"weights\"], operands[\"where\"]).sum(-1)), names)",
            "sums, operands[\"weights\"].sum(-1)), names)",
            "sharded clients: absent ones weigh in", sharding("test_jit", "weighted_mean", "clients")),
-    Mutant(LINEAR, PRIMITIVE, "parts.append([jnp.where(first, x, 0) for x in part])", "parts.append(list(part))",
+    Mutant(LINEAR, PRIMITIVE, "[jnp.where(first, reduction.summand(x), 0) for x in part]",
+           "[reduction.summand(x) for x in part]",
            "a replicated leaf counts once a device", sharding("test_jit", "norms", "differently")),
     Mutant(LINEAR, PRIMITIVE, "cotangent = jnp.sum(cotangent, axis=shared, keepdims=True)",
            "cotangent = jnp.mean(cotangent, axis=shared, keepdims=True)",
@@ -198,13 +213,13 @@ MUTANTS = (
     Mutant(LINEAR, REDUCTIONS, "shared_is_widened = problem.shared", "shared_is_widened = true",
            "all clients' low-precision operands are the first one's", battery("dtypes", "dots")),
     Mutant(LINEAR, REDUCTIONS, "double sum = 0;", "float sum = 0;", "adds up blocks in single precision",
-           battery("digits")),
+           ("tests/test_reference.py", "-k", "digits")),
     Mutant(LINEAR, STREAMING, "row += row_bytes;", "row += bytes;", "stacks tiles over each other",
            battery("run_after_run", "stack")),
     Mutant(LINEAR, READER, "own != 1 && own != size", "own > size", "accepts a batch that is too small", NATIVE),
     # --- Order statistics: kernels ------------------------------------------------------------------------------
-    Mutant(ORDER, ORDER_TILES, "2 * k < static_cast<std::int64_t>", "2 * k <= static_cast<std::int64_t>",
-           "a trim that leaves nobody is carried out", ORDER_BATTERY),
+    Mutant(ORDER, ORDER_TILES, "2 * k < static_cast<std::int64_t>", "k < static_cast<std::int64_t>",
+           "a trim that leaves nobody is carried out", (*ERRORS, "-k", "leaves_nobody")),
     Mutant(ORDER, ORDER_TILES, "trim < 0 || rows.size() <", "trim < 0 && rows.size() <",
            "an absent client's gradient is whatever was there",
            battery("(absent or eager or where)", "(median or spread)")),
@@ -232,6 +247,131 @@ MUTANTS = (
            "comparators between the wrong wires", NETWORKS),
     Mutant(ORDER, GENERATOR, "wants[low] = wants[high] = Want.VALUE", "wants[low] = Want.VALUE",
            "prunes what is needed", NETWORKS),
+    # --- Private sums: definitions ------------------------------------------------------------------------------
+    Mutant(PRIVATE, REFERENCE, "kept = jnp.isfinite(root) & _present(where, root.shape[0])",
+           "kept = _present(where, root.shape[0])", "a client of NaN takes all with it", SENSITIVITY,
+           without_kernels=True),
+    Mutant(PRIVATE, REFERENCE, "leaf = leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))\n"
+           "        return leaf if where is None else jnp.where(where[:, None], leaf, 0)",
+           "return leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))",
+           "an absent client has a norm", battery("(where or absent)", "client_norms"), without_kernels=True),
+    Mutant(PRIVATE, REFERENCE, "exponent = jnp.minimum(jnp.frexp(largest)[1] - 1,", "exponent = jnp.minimum(0,",
+           "squares overflow", SENSITIVITY, without_kernels=True),
+    Mutant(PRIVATE, REFERENCE, "factor = jnp.where(max_norm >= 0, factor, jnp.nan)", "",
+           "a negative bound turns the update round", SENSITIVITY, without_kernels=True),
+    Mutant(PRIVATE, REFERENCE, "return [key] if num_leaves == 1 else", "return",
+           "a tree of one leaf splits its key", NOISE),
+    Mutant(PRIVATE, REFERENCE, "& jnp.isfinite(norms) & present", "& present", "an infinite norm is not clipped",
+           ("tests/test_private.py", "-k", "adaptive or digit"), without_kernels=True),
+    Mutant(PRIVATE, REFERENCE, "count / num_present, jnp.nan)", "count / norms.shape[0], jnp.nan)",
+           "a share of all, not of those who take part", ADAPTIVE),
+    Mutant(PRIVATE, REFERENCE, "jnp.exp(-learning_rate * (share - target_quantile))",
+           "jnp.exp(learning_rate * (share - target_quantile))", "the bound runs away", ADAPTIVE),
+    # --- Private sums: rules ------------------------------------------------------------------------------------
+    Mutant(PRIVATE, PRIVATE_RULES, '"stddev": jnp.where(first, operands["stddev"], 0)}',
+           '"stddev": operands["stddev"]}', "every device of clients adds noise", NOISE),
+    Mutant(PRIVATE, PRIVATE_RULES, "origin = origin * np.uint32(own)", "origin = origin * np.uint32(0)",
+           "every device makes the first one's noise", NOISE),
+    Mutant(PRIVATE, PRIVATE_RULES, "may_merge = not names", "may_merge = True", "a sharded axis counts as whole",
+           NOISE),
+    Mutant(PRIVATE, PRIVATE_RULES, "for part, of_factor in ((norm_slope, -factor / safe_norms),",
+           "for part, of_factor in ((norm_slope, factor / safe_norms),", "the clip factor's derivative, wrong sign",
+           battery("deriv", "clipped_weighted")),
+    Mutant(PRIVATE, PRIVATE_RULES, "where = finite if where is None else finite & where", "",
+           "a NaN client's gradient is NaN", battery("absent", "clipped_weighted")),
+    Mutant(PRIVATE, PRIVATE_RULES, "if clip and parameters and \"given_norms\" not in optional:",
+           "if False:", "every device clips by its own norm", sharding("test_jit", "clipped_weighted")),
+    Mutant(PRIVATE, PRIMITIVE, "jnp.where(large, norms / scale, 0) ** 2", "jnp.where(large, norms, 0) ** 2",
+           "devices add squares that overflow", ("tests/test_private.py", "-k", "sharded_norms")),
+    # --- Private sums: kernels ----------------------------------------------------------------------------------
+    Mutant(PRIVATE, PRIVATE_TILES, "if (clip.kept == 0) continue;", "", "a client of NaN takes all with it",
+           SENSITIVITY),
+    Mutant(PRIVATE, PRIVATE_TILES, "clipped.shrink ? shrink(updates.type, row, tile.columns) : row", "row",
+           "a huge client is 2^64 times too long", SENSITIVITY),
+    Mutant(PRIVATE, PRIVATE_TILES, "*partial = sum_scaled_squares(", "sum_scaled_squares(",
+           "a float64 norm overflows", SENSITIVITY),
+    Mutant(PRIVATE, PRIVATE_TILES, "+ 2 * tile.leaf;", ";", "all leaves have the first one's key", NOISE),
+    Mutant(PRIVATE, PRIVATE_TILES, "run - index % run", "run", "runs of a block go on too long", NOISE),
+    Mutant(PRIVATE, PRIVATE_TILES, "if (stddev == 0) return;", "", "adds zeros, and turns a negative one",
+           battery("run_after_run", "noisy")),
+    Mutant(PRIVATE, CLIPPING, "if (!(root - root == 0)) return {0, 0};", "", "an infinite norm is clipped to NaN",
+           SENSITIVITY),
+    Mutant(PRIVATE, CLIPPING, "if (ldexp(root, shift) <= bound) return {1, 1};", "", "short updates are made longer",
+           SENSITIVITY),
+    Mutant(PRIVATE, THREEFRY, "threefry_group<17, 29, 16, 24>(x0, x1, k[2], k[0] + 2u);",
+           "threefry_group<17, 29, 16, 23>(x0, x1, k[2], k[0] + 2u);", "another generator", NOISE),
+    Mutant(PRIVATE, NOISE_KERNEL, "generate(key, lanes, counter + column, &normals);",
+           "generate(key, lanes, counter, &normals);", "the same few normals again and again", NOISE),
+    Mutant(PRIVATE, NORMAL, "p = is_tail ? q : p;", "", "the tails are cut off", NOISE),
+    Mutant(PRIVATE, NORMAL, "(bits >> 9) | 0x3f800000u", "(bits & 0x007fffffu) | 0x3f800000u",
+           "other bits of the word", NOISE),
+    Mutant(PRIVATE, EXECUTOR, "if (stage > 0) wait_for(stage);", "", "sums begin before norms are known",
+           battery("run_after_run", "clipped")),
+    # --- Server optimizers --------------------------------------------------------------------------------------
+    Mutant(SERVER, REFERENCE, "first = b1 * first + delta\n", "first = b1 * first + (1 - b1) * delta\n",
+           "momentum with damping", battery("eager", "fedavgm"), without_kernels=True),
+    Mutant(SERVER, REFERENCE, "(jnp.sqrt(second) + tau)", "jnp.sqrt(second + tau)", "tau under the root",
+           battery("eager", "fedadam"), without_kernels=True),
+    Mutant(SERVER, REFERENCE, "jnp.sign(second - square)", "jnp.sign(square - second)", "Yogi the wrong way round",
+           battery("eager", "fedyogi"), without_kernels=True),
+    Mutant(SERVER, REFERENCE, 'else b1 * first + (1 - b1) * delta', 'else b1 * first + delta',
+           "Adam without damping", battery("eager", "fedadam"), without_kernels=True),
+    Mutant(SERVER, REFERENCE, "for x in jax.tree.leaves(delta)]", "for x in jax.tree.leaves(delta)[:1]]",
+           "only the first leaf is asked", ROUNDS, without_kernels=True),
+    Mutant(SERVER, REFERENCE, "type(state)(state.step + good.astype(state.step.dtype)", "type(state)(state.step + 1",
+           "a bad round counts", ROUNDS, without_kernels=True),
+    Mutant(SERVER, SERVER_OPERATIONS, "good = over_parameters(bad) == 0", "good = bad == 0",
+           "a device does not hear of the others", ROUNDS),
+    Mutant(SERVER, SERVER_OPERATIONS, "jnp.where(accepted, delta, 0), *scalars)", "delta, *scalars)",
+           "a bad round's gradient is NaN", ROUNDS),
+    Mutant(SERVER, SERVER_OPERATIONS, "like(root * root)", "like(root)", "the second moment starts from tau",
+           ("tests/test_server.py", "-k", "paper")),
+    Mutant(SERVER, SERVER_OPERATIONS, 'aliased=("step", "params", "first_moment", "second_moment"),',
+           'aliased=("step", "params", "first_moment"),', "one buffer is not taken over", ROUNDS),
+    Mutant(SERVER, SERVER_TILES, "if (!somebody) problem.accepted[batch] = 0;", "", "a round of nobody counts",
+           ("tests/test_battery.py", "-k", "no_coordinates and fedadam or where_may and fedadam")),
+    Mutant(SERVER, SERVER_TILES, "    check_tile(*problem, tiles[task]);\n", "", "NaN goes into the model", ROUNDS),
+    Mutant(SERVER, SERVER_TILES, "if (problem->accepted[tile.batch] == 0) {", "if (problem->accepted[0] == 0) {",
+           "all of a batch share the first one's fate", battery("(vmap or nested)", "fedadam")),
+    Mutant(SERVER, SERVER_TILES, "*old + problem.accepted[batch]", "*old + 1", "a bad round counts", ROUNDS),
+    Mutant(SERVER, SERVER_TILES, "if (from != to) std::memcpy", "if (from == to) std::memcpy",
+           "a bad round's results are whatever was there", ROUNDS),
+    Mutant(SERVER, SERVER_RULES, "rates.b2 * second + (1 - rates.b2) * square", "rates.b2 * (second + square)",
+           "Adam's second moment is off", battery("eager", "fedadam")),
+    Mutant(SERVER, SERVER_RULES, "second > square ? second - step : second < square ? second + step",
+           "second > square ? second - step : second < square ? second - step", "Yogi never grows",
+           battery("eager", "fedyogi")),
+    Mutant(SERVER, SERVER_RULES, "(square_root(second) + rates.tau)", "square_root(second + rates.tau)",
+           "tau under the root", battery("eager", "fedadagrad")),
+    # --- Adapters -----------------------------------------------------------------------------------------------
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return mixed, _finite(updates, where), state", "return mixed, where, state",
+           "rows of nobody take part after mixing", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "bucket_size < num_clients, later", "bucket_size < num_clients, key",
+           "the same buckets in every round", FEDJAX_RULES),
+    Mutant(ADAPTERS, PRE_AGGREGATORS, "return finite if where is None else finite & where", "return finite",
+           "rows of nobody come back after a second pre-aggregator", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/order_statistics.py",
+           "trim_count = jnp.maximum(trim_count - jnp.sum(~where, dtype=jnp.int32), 0)", "pass",
+           "whoever has been found out is trimmed once more", FEDJAX_RULES),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/robust.py",
+           "jnp.zeros(leaf.shape[1:], leaf.dtype)", "jnp.ones(leaf.shape[1:], leaf.dtype)",
+           "centered clipping begins at 1", FEDJAX_RULES),
+    Mutant(ADAPTERS, STACKING, "return _with_dtypes_of(result, updates), (*after, state)",
+           "return _with_dtypes_of(result, updates), (*before, state)",
+           "pre-aggregators forget their states", FEDJAX_RULES),
+    Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
+           "too many bad clients, and no NaN", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",
+           "neighbor_scores(vectors, self.f, 1)", "one neighbour", COMPAT),
+    Mutant(ADAPTERS, BYZFL, "reshape(num_subsets, f)[::-1]", "reshape(num_subsets, f)",
+           "of several subsets the last, not the first", COMPAT),
+    Mutant(ADAPTERS, "fedfuse_jax/compat/byzfl/preaggregators.py",
+           "int(2 * self.f / n * (n - self.f)) - 1]", "int(2 * self.f / n * (n - self.f))]",
+           "clips to the least norm that is clipped", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "neighbor_scores(updates, f, max(1, n - f - 2))",
+           "neighbor_scores(updates, f, n - f - 2)", "no neighbour where Flower has one", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "where=lowest(_scores(self, updates), n - 2 * f)", "where=None",
+           "Bulyan without a selection", COMPAT),
     # --- Compressed updates: definitions ------------------------------------------------------------------------
     Mutant(COMPRESSED, REFERENCE, "targets = jnp.where(_heard(indices, num_params, where), indices, num_params)",
            "targets = indices", "a negative index counts from the end", DEFINITIONS),

@@ -2,6 +2,6 @@
 
     python -m fedfuse_jax.demo --attack scaled
 
-`__main__` reads the command line, `attacks` says what the bad clients do, `simulation` is the
-federation, `report` shows what came of it.
+`__main__` and `options` read the command line, `attacks` says what the bad clients do and `rules`
+how the server aggregates, `simulation` is the federation, `report` shows what came of it.
 """

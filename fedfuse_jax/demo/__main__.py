@@ -3,10 +3,11 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from fedfuse_jax.demo.attacks import ATTACKS
+from fedfuse_jax.demo.attacks import ATTACKS, default_num_bad
+from fedfuse_jax.demo.options import rule, whole_number, writable_png
+from fedfuse_jax.demo.rules import DEFAULT_RULES, RULES
 
 # What the demo needs beyond fedfuse_jax: the module to look for, the package to install.
 REQUIREMENTS = {
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     federation = simulation.make_federation(options.clients, options.seed)
     model = simulation.make_model()
-    scenarios = simulation.scenarios(options.attack)
+    scenarios = simulation.scenarios(options.attack, options.rules)
     num_bad = len(federation.bad_clients)
     headline = f"{num_bad} of {options.clients} clients {ATTACKS[options.attack].description} ({options.attack})"
 
@@ -53,14 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     attacks = "\n".join(f"  {name:12}bad clients {row.description}" for name, row in ATTACKS.items())
+    rules = "\n".join(f"  {name.replace(' ', '-'):27}{row.description}" for name, row in RULES.items())
     parser = argparse.ArgumentParser(
         prog="python -m fedfuse_jax.demo",
         description=(
             "A FedJAX server learns handwritten digits from clients that hold few kinds of digit\n"
             "each (Dirichlet, alpha 0.3). A quarter of them is bad. How do the mean, the median\n"
-            "and the trimmed mean (a quarter at each end) of their updates fare?"
+            "and the trimmed mean of their updates fare, or other rules you name?"
         ),
-        epilog=f"attacks:\n{attacks}",
+        epilog=f"attacks:\n{attacks}\n\nrules, for n clients of whom f are bad:\n{rules}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -70,62 +72,47 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what the bad clients do (default: %(default)s)",
     )
     parser.add_argument(
+        "--rules",
+        type=rule,
+        nargs="+",
+        default=DEFAULT_RULES,
+        metavar="RULE",
+        help=f"how the server aggregates (default: {' '.join(name.replace(' ', '-') for name in DEFAULT_RULES)})",
+    )
+    parser.add_argument(
         "--rounds",
-        type=_whole_number(1, 10_000),
+        type=whole_number(1, 10_000),
         default=50,
         metavar="N",
         help="rounds of training for each rule (default: %(default)s)",
     )
     parser.add_argument(
         "--clients",
-        type=_whole_number(4, 200),
+        type=whole_number(4, 200),
         default=40,
         metavar="N",
         help="clients, good and bad, 4 to 200 (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=_whole_number(0, 2**31 - 1),
+        type=whole_number(0, 2**31 - 1),
         default=0,
         metavar="N",
         help="same seed, same numbers (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
-        type=_writable_png,
+        type=writable_png,
         default="fedfuse_demo.png",
         metavar="PNG",
         help="where to draw accuracy by round (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
-
-
-def _whole_number(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"got {text!r}, needs a whole number from {least} to {most}")
-        return number
-
-    return parse
-
-
-def _writable_png(text: str) -> Path:
-    """Refuses, before a minute of training, a file that could not be written after it."""
-    path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs a file name that ends in .png")
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, which cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-    return path
+    options = parser.parse_args(arguments)
+    num_bad = default_num_bad(options.clients)
+    for name in options.rules:
+        if (least := RULES[name].least_clients(num_bad)) > options.clients:
+            parser.error(f"{name} needs {least} clients where {num_bad} are bad; got {options.clients}")
+    return options
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedfuse_jax import trimmed_mean
-from fedfuse_jax.demo.simulation import NUM_CLASSES, TRIM_FRACTION, Outcome
+from fedfuse_jax.demo.attacks import default_num_bad
+from fedfuse_jax.demo.simulation import NUM_CLASSES, Outcome
 
 CHANCE = 1 / NUM_CLASSES
 History = dict[str, list[Outcome]]  # by the scenario's name, one outcome a round
@@ -73,13 +74,6 @@ def print_table(history: History, title: str) -> None:
 
 def save_plot(history: History, title: str, output: Path) -> None:
     """Draws accuracy by round, one line per scenario, into a PNG file."""
-    # Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is only context.
-    styles: list[dict[str, Any]] = [
-        {"color": "#7f7f7f", "linestyle": (0, (5, 2))},
-        {"color": "#D55E00"},
-        {"color": "#0072B2"},
-        {"color": "#009E73"},
-    ]
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     for index, (name, outcomes) in enumerate(history.items()):
         accuracy = [outcome.accuracy for outcome in outcomes]
@@ -90,7 +84,7 @@ def save_plot(history: History, title: str, output: Path) -> None:
             label=f"{name} ({accuracy[-1]:.1%})",
             linewidth=2,
             marker=marker,
-            **styles[index % len(styles)],
+            **_line_style(index),
         )
     axes.axhline(CHANCE, color="#7f7f7f", linewidth=1, linestyle=":", label=f"chance ({CHANCE:.0%})")
     axes.set_title(title, loc="left")
@@ -104,6 +98,15 @@ def save_plot(history: History, title: str, output: Path) -> None:
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(output)
     plt.close(figure)
+
+
+def _line_style(index: int) -> dict[str, Any]:
+    """Okabe and Ito's colours, which colour-blind readers tell apart; grey for what is only context."""
+    if index == 0:
+        return {"color": "#7f7f7f", "linestyle": (0, (5, 2))}
+    colors = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    turn, color = divmod(index - 1, len(colors))
+    return {"color": colors[color], "linestyle": ("-", "--", ":")[turn % 3]}
 
 
 def server_step_line(model: fedjax.Model, num_clients: int, repeats: int = 30) -> str:
@@ -126,7 +129,7 @@ def server_step_line(model: fedjax.Model, num_clients: int, repeats: int = 30) -
         jax.random.normal(key, (num_clients, *leaf.shape), leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
     ]
     stacked = jax.tree.unflatten(structure, updates)
-    trim_count = int(TRIM_FRACTION * num_clients)
+    trim_count = default_num_bad(num_clients)
 
     def natural(leaf: jax.Array) -> jax.Array:
         return jnp.sort(leaf, axis=0)[trim_count : num_clients - trim_count].mean(axis=0)

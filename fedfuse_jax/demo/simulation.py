@@ -1,6 +1,6 @@
 """The federation: digits dealt to clients unevenly, a small FedJAX model, rounds of training."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,13 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from fedfuse_jax.demo.attacks import ATTACKS, NO_ATTACK, Attack
-from fedfuse_jax.fedjax import (
-    federated_averaging,
-    mean_aggregator,
-    median_aggregator,
-    trimmed_mean_aggregator,
-)
+from fedfuse_jax import stack_clients
+from fedfuse_jax.demo.attacks import ATTACKS, NO_ATTACK, Attack, default_num_bad
+from fedfuse_jax.demo.rules import DEFAULT_RULES, RULES
+from fedfuse_jax.fedjax import federated_averaging
 
 NUM_CLASSES = 10
 DIRICHLET_ALPHA = 0.3
-TRIM_FRACTION = 0.25
 
 # A median follows what most clients have in common, and few of these clients share a digit. Many
 # local epochs and momentum on the server let the common part add up.
@@ -31,12 +27,6 @@ LOCAL_EPOCHS = 5
 CLIENT_LEARNING_RATE = 0.2
 SERVER_LEARNING_RATE = 1.0
 SERVER_MOMENTUM = 0.9
-
-RULES: dict[str, Callable[[], fedjax.aggregators.Aggregator]] = {
-    "mean": mean_aggregator,
-    "median": median_aggregator,
-    "trimmed mean": lambda: trimmed_mean_aggregator(TRIM_FRACTION),
-}
 
 
 @dataclass(frozen=True)
@@ -79,17 +69,17 @@ class Outcome:
     finite: bool
 
 
-def scenarios(attack_name: str) -> list[Scenario]:
-    """Lists the runs of the demo: the mean among good clients, then every rule under attack."""
+def scenarios(attack_name: str, rules: Sequence[str] = DEFAULT_RULES) -> list[Scenario]:
+    """Lists the runs of the demo: the mean among good clients, then the rules under attack."""
     attack = ATTACKS[attack_name]
     return [
         Scenario("mean, no attack", "mean", NO_ATTACK),
-        *(Scenario(rule, rule, attack) for rule in RULES),
+        *(Scenario(rule, rule, attack) for rule in rules),
     ]
 
 
-def make_federation(num_clients: int, seed: int) -> Federation:
-    """Deals scikit-learn's digits to clients and picks a quarter of them to be bad."""
+def make_federation(num_clients: int, seed: int, num_bad: int | None = None) -> Federation:
+    """Deals scikit-learn's digits to clients and picks `num_bad` of them, a quarter by default, to be bad."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = (pixels / 16).astype(np.float32)  # 16 is the darkest ink
     labels = labels.astype(np.int32)
@@ -98,7 +88,7 @@ def make_federation(num_clients: int, seed: int) -> Federation:
     )
     generator = np.random.default_rng(seed)
     parts = _deal_by_label(train_y, num_clients, generator)
-    bad = generator.choice(num_clients, num_clients // 4, replace=False)
+    bad = generator.choice(num_clients, default_num_bad(num_clients) if num_bad is None else num_bad, replace=False)
     return Federation(
         clients=[{"x": train_x[part], "y": train_y[part]} for part in parts],
         bad_clients=frozenset(bad.tolist()),
@@ -136,7 +126,9 @@ def train(federation: Federation, model: fedjax.Model, scenario: Scenario, round
         client_batch_hparams=fedjax.ShuffleRepeatBatchHParams(
             batch_size=BATCH_SIZE, num_epochs=LOCAL_EPOCHS, seed=federation.seed
         ),
-        aggregator=_under_attack(RULES[scenario.rule](), scenario.attack.corrupt_update, federation.bad_clients),
+        aggregator=_under_attack(
+            RULES[scenario.rule].build(len(federation.bad_clients)), scenario.attack, federation.bad_clients
+        ),
     )
     model_key, rounds_key = jax.random.split(jax.random.PRNGKey(federation.seed))
     state = algorithm.init(model.init(model_key))
@@ -173,19 +165,22 @@ def _deal_by_label(labels: np.ndarray, num_clients: int, generator: np.random.Ge
 
 
 def _under_attack(
-    aggregator: fedjax.aggregators.Aggregator,
-    corrupt_update: Callable[[Any], Any],
-    bad_clients: Collection[int],
+    aggregator: fedjax.aggregators.Aggregator, attack: Attack, bad_clients: Collection[int]
 ) -> fedjax.aggregators.Aggregator:
     """Puts the bad clients between the training and an aggregator."""
 
     def apply(clients_params_and_weights: Any, state: Any) -> tuple[Any, Any]:
+        agreed = None
+        if attack.collude is not None:
+            clients_params_and_weights = list(clients_params_and_weights)
+            good = [update for client_id, update, _ in clients_params_and_weights if client_id not in bad_clients]
+            agreed = jax.tree.map(attack.collude, stack_clients(good))
+
+        def corrupted(update: Any) -> Any:
+            return jax.tree.map(attack.corrupt_update, update) if agreed is None else agreed
+
         sent = (
-            (
-                client_id,
-                jax.tree.map(corrupt_update, update) if client_id in bad_clients else update,
-                weight,
-            )
+            (client_id, corrupted(update) if client_id in bad_clients else update, weight)
             for client_id, update, weight in clients_params_and_weights
         )
         return aggregator.apply(sent, state)

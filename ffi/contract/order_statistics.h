@@ -1,4 +1,4 @@
-// coordinate_median and trimmed_mean, and the two halves of their derivative.
+// coordinate_median, trimmed_mean and mean_around_median, and the two halves of their derivative.
 #ifndef FEDFUSE_CONTRACT_ORDER_STATISTICS_H_
 #define FEDFUSE_CONTRACT_ORDER_STATISTICS_H_
 
@@ -9,11 +9,13 @@
 
 namespace fedfuse {
 
-// What an order statistic keeps: of m participating clients, in every coordinate, the ranks from k to m - k - 1.
+// What an order statistic keeps: of m participating clients, in every coordinate, the ranks from k to m - k - 1; or,
+// around the median, the m - k in a row whose values are nearest it (math/around_median.h).
 struct Trim {
   View where;                   // (clients) of bool, or not present
   View count;                   // scalar int32, or not present
   std::int64_t attribute = -1;  // k where `count` is not present
+  bool around_median = false;
 };
 
 struct TrimmedMeanProblem {
@@ -23,7 +25,7 @@ struct TrimmedMeanProblem {
   std::vector<View> reduced;  // (parameters)
 };
 
-// The mean of other values over the clients that the trimmed mean of the updates keeps.
+// The mean of other values over the clients whose updates are kept.
 struct SelectedMeanProblem {
   Shape shape;
   std::vector<View> updates;  // (clients, parameters)
@@ -42,6 +44,7 @@ struct SpreadProblem {
 };
 
 std::string read_trimmed_mean(const Call& call, TrimmedMeanProblem* problem);
+std::string read_mean_around_median(const Call& call, TrimmedMeanProblem* problem);
 std::string read_selected_mean(const Call& call, SelectedMeanProblem* problem);
 std::string read_spread(const Call& call, SpreadProblem* problem);
 

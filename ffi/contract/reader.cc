@@ -79,6 +79,12 @@ void Reader::same_types(const char* name, const std::vector<View>& views, const 
   }
 }
 
+void Reader::accumulators(const char* name, const std::vector<View>& views, const std::vector<View>& models) {
+  std::vector<View> needed(models);
+  for (View& view : needed) view.type = accumulator_of(view.type);
+  same_types(name, views, needed);
+}
+
 std::string Reader::finish() {
   for (std::int64_t coordinates : shape_.coordinates) require(coordinates >= 0, "there are leaves that no buffer has");
   for (const Cursor* cursor : {&operands_, &results_}) {
@@ -173,6 +179,10 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
     fail(described + "; it needs the parameters " + to_string(parameters_[leaf]));
     return View();
   }
+  return view_of(buffer);
+}
+
+View Reader::view_of(const Buffer& buffer) const {
   View view;
   view.data = static_cast<std::byte*>(buffer.data);
   view.type = buffer.type;
@@ -184,6 +194,23 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
     stride *= buffer.dims[i];
   }
   return view;
+}
+
+View Reader::table(const char* name, std::initializer_list<std::int64_t> dims, Type type) {
+  const Buffer& buffer = next(operands_, name);
+  if (!ok()) return View();
+  bool fits = buffer.type == type && buffer.dims.size() == shape_.batch.rank + dims.size();
+  std::size_t position = shape_.batch.rank;
+  for (std::int64_t dim : dims) {
+    if (!fits) break;
+    fits = dim == kAny || buffer.dims[position] == dim;
+    ++position;
+  }
+  if (fits) return view_of(buffer);
+  std::vector<std::int64_t> needed(dims);
+  fail(std::string(name) + " is " + name_of(buffer.type) + to_string(buffer.dims) + "; it needs " + name_of(type) +
+       to_string(needed) + ", -1 being any size");
+  return View();
 }
 
 }  // namespace fedfuse

@@ -34,6 +34,10 @@ class Reader {
   View flat_operand(const char* name, Axis axis, std::initializer_list<Type> types);
   View flat_result(const char* name, Axis axis, std::initializer_list<Type> types);
 
+  // The next operand, with these dimensions after the batch; kAny stands for one of any size.
+  static constexpr std::int64_t kAny = -1;
+  View table(const char* name, std::initializer_list<std::int64_t> dims, Type type);
+
   // The next operands or results, one per leaf, of floating types.
   std::vector<View> operand_leaves(const char* name, Axis axis);
   std::vector<View> result_leaves(const char* name, Axis axis);
@@ -43,6 +47,9 @@ class Reader {
 
   // Views that need to have the same type.
   void same_types(const char* name, const std::vector<View>& views, const std::vector<View>& models);
+
+  // Views that need to have the types in which sums of the models' types are kept.
+  void accumulators(const char* name, const std::vector<View>& views, const std::vector<View>& models);
 
   // Whatever else needs to hold.
   void require(bool condition, const std::string& message) {
@@ -66,6 +73,7 @@ class Reader {
   void fail(const std::string& message);
   void join_batch(const Buffer& operand);
   const Buffer& next(Cursor& cursor, const char* name);
+  View view_of(const Buffer& buffer) const;
   View read(Cursor& cursor, const char* name, Axis axis, std::initializer_list<Type> types, int leaf);
   std::vector<View> read_leaves(Cursor& cursor, const char* name, Axis axis);
 

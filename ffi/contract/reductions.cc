@@ -9,11 +9,7 @@ std::string read_rest(Reader* reader, ClientDotsProblem* problem) {
   if (reader->flag("has_where")) problem->where = reader->operand("where", Axis::kClients, {Type::kBool});
   problem->dots = reader->result("dots", Axis::kClients, {Type::kFloat32, Type::kFloat64});
   problem->shape = reader->shape();
-  problem->first_block = {0};
-  for (std::int64_t coordinates : problem->shape.coordinates) {
-    const std::int64_t blocks = (coordinates + kReductionBlock - 1) / kReductionBlock;
-    problem->first_block.push_back(problem->first_block.back() + blocks);
-  }
+  problem->first_block = reduction_blocks(problem->shape);
   const std::int64_t partials = problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
   problem->partials = reinterpret_cast<double*>(reader->workspace(partials * sizeof(double)));
   return reader->finish();

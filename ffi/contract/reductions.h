@@ -31,6 +31,15 @@ struct FiniteClientsProblem {
   View finite;                // (clients) of bool
 };
 
+// The first block of each leaf, and one past the last.
+inline std::vector<std::int64_t> reduction_blocks(const Shape& shape) {
+  std::vector<std::int64_t> first_block = {0};
+  for (std::int64_t coordinates : shape.coordinates) {
+    first_block.push_back(first_block.back() + (coordinates + kReductionBlock - 1) / kReductionBlock);
+  }
+  return first_block;
+}
+
 std::string read_squared_norms(const Call& call, ClientDotsProblem* problem);
 std::string read_client_dots(const Call& call, ClientDotsProblem* problem);
 std::string read_finite_clients(const Call& call, FiniteClientsProblem* problem);

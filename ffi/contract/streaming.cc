@@ -11,11 +11,7 @@ std::string read_accumulate(const Call& call, AccumulateProblem* problem) {
   problem->weight = reader.operand("weight", Axis::kNone, {Type::kFloat32, Type::kFloat64});
   problem->result = reader.result_leaves("result", Axis::kNone);
   reader.same_types("result", problem->result, problem->total);
-  for (std::size_t leaf = 0; leaf < problem->total.size(); ++leaf) {
-    View needed;
-    needed.type = accumulator_of(problem->update[leaf].type);
-    reader.same_types("total", {problem->total[leaf]}, {needed});
-  }
+  reader.accumulators("total", problem->total, problem->update);
   problem->shape = reader.shape();
   return reader.finish();
 }

@@ -9,6 +9,8 @@ namespace {
       {&isa::linear_float32, &isa::linear_float64, &isa::linear_bfloat16, &isa::linear_float16},        \
       {&isa::order_statistics_float32, &isa::order_statistics_float64, &isa::order_statistics_bfloat16, \
        &isa::order_statistics_float16},                                                                 \
+      &isa::noise,                                                                                      \
+      &isa::server_rules,                                                                               \
       {isa::quantized_float32, isa::quantized_float64},                                                 \
   }
 

@@ -7,8 +7,10 @@
 
 #include "contract/types.h"
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/noise.h"
 #include "cpu/kernels/order_statistics.h"
 #include "cpu/kernels/quantized.h"
+#include "cpu/kernels/server.h"
 
 namespace fedfuse {
 
@@ -17,6 +19,8 @@ struct Kernels {
   // By Type, floating types only.
   const LinearKernels* linear[kNumTypes];
   const OrderStatisticKernels* order_statistics[kNumTypes];
+  const NoiseKernels* noise;
+  const ServerKernels* server_rules;
   // By the accumulator (float32, float64), each by Codes.
   const QuantizedKernels* quantized[2];
 };

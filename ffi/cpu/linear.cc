@@ -9,9 +9,6 @@
 namespace fedfuse {
 namespace {
 
-// Columns whose accumulators stay in the first-level cache while the rows go by.
-constexpr std::int64_t kColumns = 4096;
-
 // The weights of the clients that take part, as a leaf with this accumulator wants them.
 template <typename Accumulator, typename Problem>
 void gather_weights(const Problem& problem, std::int64_t batch, std::vector<Accumulator>* weights) {
@@ -42,7 +39,7 @@ void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
   void* result = tile_data(reduced, problem.shape, tile);
   void* out = result;
   if (reduced.type != accumulator) {
-    sums.resize(kColumns);
+    sums.resize(kSumColumns);
     out = sums.data();
   }
   linear_kernels(updates.type)
@@ -60,7 +57,7 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
   const Type accumulator = accumulator_of(spread.type);
   const void* values = tile_data(cotangents, problem.shape, tile);
   if (cotangents.type != accumulator) {
-    widened.resize(kColumns);
+    widened.resize(kSumColumns);
     convert(cotangents.type, values, accumulator, widened.data(), tile.columns);
     values = widened.data();
   }
@@ -78,7 +75,7 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
-  const Tiles tiles(problem->shape, kColumns);
+  const Tiles tiles(problem->shape, kSumColumns);
   Work work;
   work.tasks = tiles.count();
   work.cost = stacked_bytes(problem->shape, problem->updates);
@@ -94,7 +91,7 @@ Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
-  const Tiles tiles(problem->shape, kColumns);
+  const Tiles tiles(problem->shape, kSumColumns);
   Work work;
   work.tasks = tiles.count();
   work.cost = stacked_bytes(problem->shape, problem->spread);

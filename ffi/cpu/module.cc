@@ -48,8 +48,17 @@ FEDFUSE_HANDLER(accumulate_weighted, AccumulateProblem, read_accumulate);
 FEDFUSE_HANDLER(stack_clients, StackProblem, read_stack);
 FEDFUSE_HANDLER(coordinate_median, TrimmedMeanProblem, read_trimmed_mean);
 FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
+FEDFUSE_HANDLER(mean_around_median, TrimmedMeanProblem, read_mean_around_median);
 FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
 FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
+FEDFUSE_HANDLER(client_norms, ClientNormsProblem, read_client_norms);
+FEDFUSE_HANDLER(clipped_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(noisy_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(clipped_noisy_weighted_sum, PrivateSumProblem, read_private_sum);
+FEDFUSE_HANDLER(fedavgm_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedadagrad_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedadam_weighted_update, ServerUpdateProblem, read_server_update);
+FEDFUSE_HANDLER(fedyogi_weighted_update, ServerUpdateProblem, read_server_update);
 FEDFUSE_HANDLER(topk_sparse_weighted_sum, SparseSumProblem, read_sparse_sum);
 FEDFUSE_HANDLER(sparse_spread, SparseSpreadProblem, read_sparse_spread);
 FEDFUSE_HANDLER(sparse_dots, SparseDotsProblem, read_sparse_dots);
@@ -67,8 +76,17 @@ constexpr NamedHandler kHandlers[] = {
     {"stack_clients", stack_clients},
     {"coordinate_median", coordinate_median},
     {"trimmed_mean", trimmed_mean},
+    {"mean_around_median", mean_around_median},
     {"selected_mean", selected_mean},
     {"spread_to_selected", spread_to_selected},
+    {"client_norms", client_norms},
+    {"clipped_weighted_sum", clipped_weighted_sum},
+    {"noisy_weighted_sum", noisy_weighted_sum},
+    {"clipped_noisy_weighted_sum", clipped_noisy_weighted_sum},
+    {"fedavgm_weighted_update", fedavgm_weighted_update},
+    {"fedadagrad_weighted_update", fedadagrad_weighted_update},
+    {"fedadam_weighted_update", fedadam_weighted_update},
+    {"fedyogi_weighted_update", fedyogi_weighted_update},
     {"topk_sparse_weighted_sum", topk_sparse_weighted_sum},
     {"sparse_spread", sparse_spread},
     {"sparse_dots", sparse_dots},

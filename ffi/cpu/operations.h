@@ -7,7 +7,9 @@
 #include "contract/compressed.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
+#include "contract/private.h"
 #include "contract/reductions.h"
+#include "contract/server.h"
 #include "contract/streaming.h"
 #include "cpu/work.h"
 
@@ -22,6 +24,9 @@ Work cut(std::shared_ptr<const ClientDotsProblem> problem);
 Work cut(std::shared_ptr<const FiniteClientsProblem> problem);
 Work cut(std::shared_ptr<const AccumulateProblem> problem);
 Work cut(std::shared_ptr<const StackProblem> problem);
+Work cut(std::shared_ptr<const ClientNormsProblem> problem);
+Work cut(std::shared_ptr<const PrivateSumProblem> problem);
+Work cut(std::shared_ptr<const ServerUpdateProblem> problem);
 Work cut(std::shared_ptr<const SparseSumProblem> problem);
 Work cut(std::shared_ptr<const SparseSpreadProblem> problem);
 Work cut(std::shared_ptr<const SparseDotsProblem> problem);

@@ -21,15 +21,17 @@ std::byte* scratch() {
   return reinterpret_cast<std::byte*>(values.data());
 }
 
-// k for an element of the batch, or -1 if it leaves nobody of the rows.
-std::int64_t trim_of(const Trim& trim, const Shape& shape, std::int64_t batch, std::size_t num_rows) {
+// What is kept in an element of the batch, with a trim of -1 if that is nobody of the rows.
+KeptRanks kept_of(const Trim& trim, const Shape& shape, std::int64_t batch, std::size_t num_rows) {
   std::int64_t k = trim.attribute;
   if (trim.count.present()) {
     std::int32_t count;
     std::memcpy(&count, trim.count.at(shape.batch, batch), sizeof count);
     k = count;
   }
-  return k >= 0 && 2 * k < static_cast<std::int64_t>(num_rows) ? k : -1;
+  KeptRanks kept{k, trim.around_median};
+  if (k < 0 || kept.count(static_cast<std::int64_t>(num_rows)) < 1) kept.trim = -1;
+  return kept;
 }
 
 void fill_nan(Type accumulator, std::int64_t columns, void* out) {
@@ -40,22 +42,22 @@ void fill_nan(Type accumulator, std::int64_t columns, void* out) {
   }
 }
 
-// One tile of a reduction to a mean of what is kept; `reduce(kernels, rows, trim, out)` is the kernel to call.
+// One tile of a reduction to a mean of what is kept; `reduce(kernels, rows, kept, out)` is the kernel to call.
 template <typename Problem, typename Reduce>
 void reduce_tile(const Problem& problem, const Tile& tile, Reduce reduce) {
   thread_local std::vector<void*> rows;
   const View& updates = problem.updates[tile.leaf];
   const View& reduced = problem.reduced[tile.leaf];
   gather_rows(updates, problem.trim.where, problem.shape, tile, &rows);
-  const std::int64_t trim = trim_of(problem.trim, problem.shape, tile.batch, rows.size());
+  const KeptRanks ranks = kept_of(problem.trim, problem.shape, tile.batch, rows.size());
 
   const Type accumulator = accumulator_of(updates.type);
   void* result = tile_data(reduced, problem.shape, tile);
   void* out = reduced.type == accumulator ? result : scratch();
-  if (trim < 0) {
+  if (ranks.trim < 0) {
     fill_nan(accumulator, tile.columns, out);
   } else {
-    reduce(order_statistic_kernels(updates.type), rows, trim, out);
+    reduce(order_statistic_kernels(updates.type), rows, ranks, out);
   }
   if (out != result) convert(accumulator, out, reduced.type, result, tile.columns);
 }
@@ -68,15 +70,15 @@ void spread_tile(const SpreadProblem& problem, const Tile& tile) {
   const View& cotangents = problem.cotangents[tile.leaf];
   const View& spread = problem.spread[tile.leaf];
   gather_rows(updates, problem.trim.where, shape, tile, &rows);
-  const std::int64_t trim = trim_of(problem.trim, shape, tile.batch, rows.size());
+  const KeptRanks ranks = kept_of(problem.trim, shape, tile.batch, rows.size());
 
   const std::int64_t bytes = tile.columns * bytes_of(spread.type);
-  if (trim < 0 || rows.size() < static_cast<std::size_t>(shape.clients)) {
+  if (ranks.trim < 0 || rows.size() < static_cast<std::size_t>(shape.clients)) {
     // The kernel writes the rows of those who take part; the others' gradient is exactly 0.
     gather_rows(spread, View(), shape, tile, &kept);
     for (void* row : kept) std::memset(row, 0, bytes);
   }
-  if (trim < 0) return;
+  if (ranks.trim < 0) return;
   gather_rows(spread, problem.trim.where, shape, tile, &kept);
   const Type accumulator = accumulator_of(updates.type);
   const void* cotangent = tile_data(cotangents, shape, tile);
@@ -84,7 +86,7 @@ void spread_tile(const SpreadProblem& problem, const Tile& tile) {
     convert(cotangents.type, cotangent, accumulator, scratch(), tile.columns);
     cotangent = scratch();
   }
-  order_statistic_kernels(updates.type).spread(rows.data(), cotangent, rows.size(), tile.columns, trim, kept.data());
+  order_statistic_kernels(updates.type).spread(rows.data(), cotangent, rows.size(), tile.columns, ranks, kept.data());
 }
 
 template <typename Problem, typename RunTile>
@@ -102,8 +104,9 @@ Work cut_tiles(std::shared_ptr<const Problem> problem, RunTile run_tile) {
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
   return cut_tiles(problem, [](const TrimmedMeanProblem& problem, const Tile& tile) {
     reduce_tile(problem, tile,
-                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim,
-                    void* out) { kernels.trimmed_mean(rows.data(), rows.size(), tile.columns, trim, out); });
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
+                  kernels.mean(rows.data(), rows.size(), tile.columns, ranks, out);
+                });
   });
 }
 
@@ -111,11 +114,10 @@ Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
   return cut_tiles(problem, [](const SelectedMeanProblem& problem, const Tile& tile) {
     thread_local std::vector<void*> values;
     gather_rows(problem.values[tile.leaf], problem.trim.where, problem.shape, tile, &values);
-    reduce_tile(
-        problem, tile,
-        [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, std::int64_t trim, void* out) {
-          kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, trim, out);
-        });
+    reduce_tile(problem, tile,
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
+                  kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, ranks, out);
+                });
   });
 }
 

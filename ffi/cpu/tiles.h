@@ -10,6 +10,9 @@
 
 namespace fedfuse {
 
+// Columns of a sum over clients: accumulators of so many stay in the first-level cache while the rows go by.
+inline constexpr std::int64_t kSumColumns = 4096;
+
 // A chunk of the coordinates of one leaf, in one element of the batch.
 struct Tile {
   std::int64_t batch;

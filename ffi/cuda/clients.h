@@ -44,9 +44,14 @@ struct PresentClients {
   // Looks at the clients from `first` on.
   template <typename Threads>
   FEDFUSE_DEVICE void find(const bool* where, std::int64_t first, std::int64_t clients, Threads& team) {
+    find_if([=](std::int64_t client) { return where == nullptr || where[client]; }, first, clients, team);
+  }
+
+  template <typename Predicate, typename Threads>
+  FEDFUSE_DEVICE void find_if(Predicate counts, std::int64_t first, std::int64_t clients, Threads& team) {
     team.each([&](int thread, auto&) {
       const std::int64_t client = first + thread;
-      flags[thread] = client < clients && (where == nullptr || where[client]);
+      flags[thread] = client < clients && counts(client);
     });
     team.each([&](int thread, auto&) {
       if (thread >= kWords) return;

@@ -9,7 +9,9 @@
 #include "contract/compressed.h"
 #include "contract/linear.h"
 #include "contract/order_statistics.h"
+#include "contract/private.h"
 #include "contract/reductions.h"
+#include "contract/server.h"
 #include "contract/streaming.h"
 #include "cuda/team.h"
 
@@ -25,6 +27,9 @@ std::string enqueue(const ClientDotsProblem& problem, Stream stream);
 std::string enqueue(const FiniteClientsProblem& problem, Stream stream);
 std::string enqueue(const AccumulateProblem& problem, Stream stream);
 std::string enqueue(const StackProblem& problem, Stream stream);
+std::string enqueue(const ClientNormsProblem& problem, Stream stream);
+std::string enqueue(const PrivateSumProblem& problem, Stream stream);
+std::string enqueue(const ServerUpdateProblem& problem, Stream stream);
 std::string enqueue(const SparseSumProblem& problem, Stream stream);
 std::string enqueue(const SparseSpreadProblem& problem, Stream stream);
 std::string enqueue(const SparseDotsProblem& problem, Stream stream);

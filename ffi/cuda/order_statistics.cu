@@ -37,6 +37,10 @@ struct RadixBody {
     Unsigned prefixes[kSides][kTileColumns];
     std::uint32_t ranks[kSides][kTileColumns];
     std::uint32_t equal[kSides][kTileColumns];
+    // Around the median: the two middle keys, and what is known of the first kept rank, [first, past].
+    Unsigned middle[kSides][kTileColumns];
+    std::uint32_t first[kTileColumns];
+    std::uint32_t past[kTileColumns];
     std::uint32_t num_present;
     Mean<Accumulator> means[kGroups][kTileColumns];
   };
@@ -91,8 +95,17 @@ struct RadixBody {
         p.options.wanted != Wanted::kMean};
     Team<kThreads> team;
     count_present(columns, shared, team);
-    const Kept kept = kept_of(static_cast<int>(shared.num_present), trim_of(p.options, p.batch, tile.batch));
-    if (kept.count > 0) select(columns, kept, tile.columns, shared, team);
+    const bool around_median = p.options.around_median;
+    const Kept kept =
+        kept_of(static_cast<int>(shared.num_present), trim_of(p.options, p.batch, tile.batch), around_median);
+    if (kept.count > 0) {
+      if (around_median) find_first_ranks(columns, kept, tile.columns, shared, team);
+      const auto bounds = [&](int side, int column) {
+        const std::uint32_t first = around_median ? shared.first[column] : static_cast<std::uint32_t>(kept.first);
+        return side == 0 ? first : first + static_cast<std::uint32_t>(kept.count - 1);
+      };
+      select(columns, bounds, tile.columns, shared, team);
+    }
     if (p.options.wanted == Wanted::kMean) {
       store_means(p, tile, columns, kept, shared, team);
     } else {
@@ -112,15 +125,72 @@ struct RadixBody {
     });
   }
 
-  // Finds the keys of the first and the last kept rank of each column, how many keys are equal to them, and their ranks
-  // among those.
-  static FEDFUSE_DEVICE void select(const Columns& columns, const Kept& kept, std::int64_t width, Shared& shared,
+  // Around the median: the first kept rank of each column, by bisection.
+  static FEDFUSE_DEVICE void find_first_ranks(const Columns& columns, const Kept& kept, std::int64_t width,
+                                              Shared& shared, Team<kThreads>& team) {
+    const auto present = static_cast<int>(shared.num_present);
+    const int dropped = present - kept.count;
+    if (dropped > 0) {
+      select(
+          columns,
+          [&](int side, int) { return static_cast<std::uint32_t>(side == 0 ? (present - 1) / 2 : present / 2); }, width,
+          shared, team);
+    }
+    team.each([&](int thread, Nothing&) {
+      if (thread >= kTileColumns) return;
+      for (int side = 0; side < kSides; ++side) shared.middle[side][thread] = shared.prefixes[side][thread];
+      shared.first[thread] = 0;
+      shared.past[thread] = static_cast<std::uint32_t>(dropped);
+    });
+    for (int span = dropped; span > 0; span /= 2) {
+      // A column that is done asks once more for what it knows.
+      const auto tried = [&](int column) {
+        const std::uint32_t rank = (shared.first[column] + shared.past[column]) / 2;
+        return rank < static_cast<std::uint32_t>(dropped) ? rank : static_cast<std::uint32_t>(dropped - 1);
+      };
+      select(
+          columns,
+          [&](int side, int column) {
+            return tried(column) + (side == 0 ? 0u : static_cast<std::uint32_t>(kept.count));
+          },
+          width, shared, team);
+      team.each([&](int column, Nothing&) {
+        if (column >= width || shared.first[column] == shared.past[column]) return;
+        const std::uint32_t rank = tried(column);
+        const bool slides = window_slides_at(shared, column);
+        if (slides) {
+          shared.first[column] = rank + 1;
+        } else {
+          shared.past[column] = rank;
+        }
+      });
+    }
+  }
+
+  static FEDFUSE_DEVICE Accumulator value_of(Unsigned key) {
+    return Element<type>::widen(bits_from_key<type>(signed_key(key)));
+  }
+
+  static FEDFUSE_DEVICE bool window_slides_at(const Shared& shared, int column) {
+    const Accumulator lost = value_of(shared.prefixes[0][column]), gained = value_of(shared.prefixes[1][column]);
+    const Accumulator a = value_of(shared.middle[0][column]), b = value_of(shared.middle[1][column]);
+    const Accumulator large = std::numeric_limits<Accumulator>::max() / 4;
+    const auto is_large = [&](Accumulator value) { return value > large || value < -large; };
+    const bool overflows = is_large(lost) || is_large(gained) || is_large(a) || is_large(b);
+    return window_slides<Accumulator>(lost, gained, a, b, overflows ? Accumulator{0.5} : Accumulator{1},
+                                      std::numeric_limits<Accumulator>::infinity());
+  }
+
+  // Finds the keys of two ranks, rank_of(side, column), of each column, how many keys are equal to them, and their
+  // ranks among those.
+  template <typename RankOf>
+  static FEDFUSE_DEVICE void select(const Columns& columns, RankOf rank_of, std::int64_t width, Shared& shared,
                                     Team<kThreads>& team) {
     team.each([&](int thread, Nothing&) {
       if (thread >= kSides * kTileColumns) return;
       const int side = thread / kTileColumns, column = thread % kTileColumns;
       shared.prefixes[side][column] = 0;
-      shared.ranks[side][column] = static_cast<std::uint32_t>(side == 0 ? kept.first : kept.last());
+      shared.ranks[side][column] = column < width ? rank_of(side, column) : 0;
     });
     for (int shift = kKeyBits - kBits; shift >= 0; shift -= kBits) {
       team.each([&](int thread, Nothing&) {
@@ -290,8 +360,8 @@ struct RadixBody {
 };
 
 template <Type type>
-OrderKernel choose_kernel(std::int64_t clients, std::int64_t trim) {
-  const OrderKernel kernel = network_kernel<type>(clients, trim);
+OrderKernel choose_kernel(std::int64_t clients, std::int64_t trim, bool around_median) {
+  const OrderKernel kernel = around_median ? OrderKernel() : network_kernel<type>(clients, trim);
   return kernel.launch != nullptr ? kernel : OrderKernel{launch<RadixBody<type>>, RadixBody<type>::kTileColumns};
 }
 
@@ -302,12 +372,14 @@ std::string enqueue_order(const Shape& shape, const Trim& trim, Wanted wanted, c
   p.options.where = trim.where;
   p.options.trim_count = trim.count;
   p.options.trim = trim.attribute;
+  p.options.around_median = trim.around_median;
   p.options.wanted = wanted;
   const bool known = wanted == Wanted::kMean && !trim.where.present() && !trim.count.present();
   // Leaves may differ in the type of their means and cotangents.
   const std::vector<View>& others = wanted == Wanted::kSpread ? *given : results;
   return for_each_type([&](auto type) {
-    const OrderKernel kernel = choose_kernel<decltype(type)::value>(shape.clients, known ? trim.attribute : -1);
+    const OrderKernel kernel =
+        choose_kernel<decltype(type)::value>(shape.clients, known ? trim.attribute : -1, trim.around_median);
     return for_each_type([&](auto other_type) {
       p.options.reduced_type = p.options.cotangent_type = other_type;
       return for_each_table(

@@ -10,6 +10,7 @@
 #include "cuda/clients.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
+#include "math/around_median.h"
 #include "math/ordered_keys.h"
 
 namespace fedfuse {
@@ -21,6 +22,7 @@ struct OrderOptions {
   View where;
   View trim_count;
   std::int64_t trim;  // where trim_count is not there
+  bool around_median;
   Wanted wanted;
   Type reduced_type;    // of means
   Type cotangent_type;  // of what is spread
@@ -43,7 +45,8 @@ struct OrderKernel {
 template <Type type>
 OrderKernel network_kernel(std::int64_t clients, std::int64_t trim);
 
-// The ranks that are kept of m values, [first, first + count), or none.
+// The ranks that are kept of m values, [first, first + count), or none. Around the median, every column has a first
+// rank of its own.
 struct Kept {
   int first = 0;
   int count = 0;
@@ -51,7 +54,8 @@ struct Kept {
   FEDFUSE_DEVICE int last() const { return first + count - 1; }
 };
 
-FEDFUSE_DEVICE Kept kept_of(int present, std::int64_t trim) {
+FEDFUSE_DEVICE Kept kept_of(int present, std::int64_t trim, bool around_median = false) {
+  if (around_median) return {0, trim < 0 || trim >= present ? 0 : present - static_cast<int>(trim)};
   if (trim < 0 || 2 * trim >= present) return {};
   return {static_cast<int>(trim), present - 2 * static_cast<int>(trim)};
 }

@@ -32,6 +32,8 @@ inline Type decode_type(xla::ffi::DataType type) {
       return Type::kInt32;
     case xla::ffi::DataType::U8:
       return Type::kUInt8;
+    case xla::ffi::DataType::U32:
+      return Type::kUInt32;
     case xla::ffi::DataType::S8:
       return Type::kInt8;
     default:

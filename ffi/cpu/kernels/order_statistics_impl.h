@@ -13,6 +13,7 @@
 #include "cpu/kernels/order_statistics.h"
 #include "cpu/kernels/radix_select.h"
 #include "cpu/kernels/simd.h"
+#include "math/around_median.h"
 
 namespace fedfuse {
 namespace FEDFUSE_ISA {
@@ -172,12 +173,132 @@ struct OrderStatistics {
     return kStoreMean[count < static_cast<int>(sizeof...(kCounts)) ? count : 0];
   }
 
-  static void trimmed_mean_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
-                                      std::int64_t trim, Accumulator* out) {
-    NetworkTile<Lane> tile(mean_network<Lane>(num_rows, trim), num_rows, kNegativeInfinity);
+  // ---- Around the median --------------------------------------------------------------------------------------------
+
+  // Half of values that large is exact, and no sum of two halves overflows.
+  static constexpr Accumulator kLarge = RealLimits<Accumulator>::kGreatest / 4;
+
+  static FEDFUSE_INLINE Sum magnitude(Sum value) { return value < 0 ? -value : value; }
+
+  static FEDFUSE_INLINE auto slides(Sum lost, Sum gained, Sum a, Sum b) {
+    const Sum large = fill<Accumulator>(kLarge);
+    const auto overflows =
+        (magnitude(lost) > large) | (magnitude(gained) > large) | (magnitude(a) > large) | (magnitude(b) > large);
+    const Sum half = overflows ? fill<Accumulator>(Accumulator{0.5}) : fill<Accumulator>(1);
+    return window_slides<Sum>(lost, gained, a, b, half, fill<Accumulator>(__builtin_inff()));
+  }
+
+  // The first kept rank in each column of a vector of sorted keys.
+  static FEDFUSE_INLINE Vector<Lane> first_around_median(const Lane* sorted, int num_rows, int dropped) {
+    const auto values_of_rank = [&](int rank, Sum* parts) __attribute__((always_inline)) {
+      Element<type>::widen(flipped<Lane>(load<Lane>(sorted + rank * kElements)), parts);
+    };
+    Sum a[kParts], b[kParts];
+    values_of_rank((num_rows - 1) / 2, a);
+    values_of_rank(num_rows / 2, b);
+    decltype(Sum{} < Sum{}) counts[kParts] = {};
+    for (int rank = 0; rank < dropped; ++rank) {
+      Sum lost[kParts], gained[kParts];
+      values_of_rank(rank, lost);
+      values_of_rank(rank + num_rows - dropped, gained);
+      for (int part = 0; part < kParts; ++part) counts[part] -= slides(lost[part], gained[part], a[part], b[part]);
+    }
+    alignas(kVectorBytes) Lane first[kElements];
+    for (int part = 0; part < kParts; ++part) {
+      for (int lane = 0; lane < kLanes<Accumulator>; ++lane) {
+        first[part * kLanes<Accumulator> + lane] = static_cast<Lane>(counts[part][lane]);
+      }
+    }
+    return load<Lane>(first);
+  }
+
+  // Sums the values of the ranks from `first` on, so many of all.
+  template <bool kScaled>
+  static FEDFUSE_INLINE void sum_ranks(const Lane* sorted, int num_rows, Vector<Lane> first, int count,
+                                       Accumulator scale, Sum* sums) {
+    const Vector<Lane> past = first + static_cast<Lane>(count);
+    for (int part = 0; part < kParts; ++part) sums[part] = -Sum{};
+    for (int rank = 0; rank < num_rows; ++rank) {
+      const Vector<Lane> ranks = fill<Lane>(static_cast<Lane>(rank));
+      const Vector<Lane> is_kept = bits_as<Lane>((ranks >= first) & (ranks < past));
+      Sum values[kParts];
+      Element<type>::widen(flipped<Lane>(load<Lane>(sorted + rank * kElements)) & is_kept, values);
+      for (int part = 0; part < kParts; ++part) sums[part] += kScaled ? values[part] * scale : values[part];
+    }
+  }
+
+  // Stores the means of the num_rows - dropped values nearest the median, from all keys in order.
+  static __attribute__((noinline)) void store_mean_around_median(const Lane* sorted, int num_rows, int dropped,
+                                                                 Accumulator* out) {
+    const int count = num_rows - dropped;
+    const Vector<Lane> first = first_around_median(sorted, num_rows, dropped);
+    Sum sums[kParts];
+    sum_ranks<false>(sorted, num_rows, first, count, 1, sums);
+    bool finite = true;
+    for (int part = 0; part < kParts; ++part) {
+      store(out + part * kLanes<Accumulator>, sums[part] / static_cast<Accumulator>(count));
+      finite &= !any(sums[part] - sums[part] != Sum{});
+    }
+    if (finite) return;
+    const Accumulator scale = inverse_power_of_two_above<Accumulator>(count);
+    sum_ranks<true>(sorted, num_rows, first, count, scale, sums);
+    for (int part = 0; part < kParts; ++part) {
+      for (int lane = 0; lane < kLanes<Accumulator>; ++lane) {
+        Accumulator* const mean = out + part * kLanes<Accumulator> + lane;
+        if (!is_finite(*mean)) *mean = unscaled_mean(sums[part][lane], scale, count);
+      }
+    }
+  }
+
+  // The first kept rank in each column of a group, by bisection.
+  static void find_first_ranks(BitPlanes<Lane>* planes, std::int64_t num_rows, KeptRanks kept, std::uint32_t* first) {
+    std::uint32_t past[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      first[i] = kept.around_median ? 0 : static_cast<std::uint32_t>(kept.trim);
+      past[i] = static_cast<std::uint32_t>(kept.trim);
+    }
+    if (!kept.around_median || kept.trim == 0) return;
+    RankedValues<Lane> ranked;
+    alignas(kVectorBytes) Accumulator a[kGroup], b[kGroup], lost[kGroup], gained[kGroup];
+    planes->select((num_rows - 1) / 2, &ranked);
+    values_of_keys(ranked.key, a);
+    planes->select(num_rows / 2, &ranked);
+    values_of_keys(ranked.key, b);
+    for (std::int64_t span = kept.trim; span > 0; span /= 2) {
+      // A column that is done asks once more for what it knows.
+      const auto middle = [&](int i) {
+        return least<std::int64_t>((std::int64_t{first[i]} + past[i]) / 2, kept.trim - 1);
+      };
+      planes->select(middle, &ranked);
+      values_of_keys(ranked.key, lost);
+      planes->select([&](int i) { return middle(i) + kept.count(num_rows); }, &ranked);
+      values_of_keys(ranked.key, gained);
+      for (int part = 0; part < kGroup; part += kLanes<Accumulator>) {
+        const auto slid = slides(load<Accumulator>(lost + part), load<Accumulator>(gained + part),
+                                 load<Accumulator>(a + part), load<Accumulator>(b + part));
+        for (int lane = 0; lane < kLanes<Accumulator>; ++lane) {
+          const int i = part + lane;
+          if (first[i] == past[i]) continue;
+          if (slid[lane]) {
+            first[i] = static_cast<std::uint32_t>(middle(i)) + 1;
+          } else {
+            past[i] = static_cast<std::uint32_t>(middle(i));
+          }
+        }
+      }
+    }
+  }
+
+  // ---- Means of few rows --------------------------------------------------------------------------------------------
+
+  static void mean_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks ranks,
+                              Accumulator* out) {
+    const bool around_median = ranks.around_median;
+    const auto network = around_median ? sort_network<Lane>(num_rows) : mean_network<Lane>(num_rows, ranks.trim);
+    NetworkTile<Lane> tile(network, num_rows, kNegativeInfinity);
     alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
-    const Lane* const kept = outputs + tile.output_of_rank(trim) * kElements;
-    const int count = static_cast<int>(num_rows - 2 * trim);
+    const Lane* const kept = outputs + tile.output_of_rank(around_median ? 0 : ranks.trim) * kElements;
+    const int count = static_cast<int>(ranks.count(num_rows));
     const StoreMean store_mean = find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
 
     // The last columns go the same way in a copy with room for a whole tile.
@@ -201,7 +322,12 @@ struct OrderStatistics {
       Accumulator* const to = whole ? out + column : means;
       for (int vector = 0; vector * kElements < width; ++vector) {
         tile.run(vector, outputs);
-        store_mean(kept, count, to + vector * kElements);
+        if (around_median) {
+          store_mean_around_median(kept, static_cast<int>(num_rows), static_cast<int>(ranks.trim),
+                                   to + vector * kElements);
+        } else {
+          store_mean(kept, count, to + vector * kElements);
+        }
       }
       if (!whole) __builtin_memcpy(out + column, means, width * sizeof(Accumulator));
     }
@@ -299,13 +425,14 @@ struct OrderStatistics {
     }
   }
 
-  static void trimmed_mean_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns,
-                                    std::int64_t trim, Accumulator* out) {
-    const std::int64_t count = num_rows - 2 * trim;
+  static void mean_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks ranks,
+                            Accumulator* out) {
+    const std::int64_t count = ranks.count(num_rows);
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
     ColumnsCopy<kGroup> copy(num_rows);
     RankedValues<Lane> low, high;
+    std::uint32_t first[kGroup];
     alignas(kVectorBytes) Accumulator low_values[kGroup], high_values[kGroup];
     alignas(kVectorBytes) Accumulator sums[kGroup] = {};
 
@@ -318,19 +445,20 @@ struct OrderStatistics {
       } else {
         planes.fill_from(rows, column, kNegativeInfinity, fetcher);
       }
-      planes.select(trim, &low);
+      find_first_ranks(&planes, num_rows, ranks, first);
+      planes.select([&](int i) { return first[i]; }, &low);
       values_of_keys(low.key, low_values);
       if (count == 1) {
         __builtin_memcpy(out + column, low_values, width * sizeof(Accumulator));
         continue;
       }
-      planes.select(num_rows - 1 - trim, &high);
+      planes.select([&](int i) { return first[i] + count - 1; }, &high);
       values_of_keys(high.key, high_values);
       if (count > 2) sum_between<false>(copy.values, num_rows, low.key, high.key, 1, sums);
 
       const auto total = [&](int i, Accumulator scale) {
-        const auto low_kept = static_cast<Accumulator>(low.below[i] + low.equal[i] - trim);
-        const auto high_kept = static_cast<Accumulator>(num_rows - trim - high.below[i]);
+        const auto low_kept = static_cast<Accumulator>(low.below[i] + low.equal[i] - first[i]);
+        const auto high_kept = static_cast<Accumulator>(first[i] + count - high.below[i]);
         return sums[i] + low_kept * (low_values[i] * scale) + high_kept * (high_values[i] * scale);
       };
       bool finite = true;
@@ -531,7 +659,7 @@ struct OrderStatistics {
   }
 
   template <typename Consumer>
-  static void select_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+  static void select_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks ranks,
                                 Consumer& consumer) {
     NetworkTile<Lane> tile(sort_network<Lane>(num_rows), num_rows, kNegativeInfinity);
     alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
@@ -552,7 +680,8 @@ struct OrderStatistics {
       bool ties = false;
       for (int vector = 0; vector * kElements < width; ++vector) {
         tile.run(vector, outputs);
-        ties |= find_bounds(sorted, static_cast<int>(num_rows), static_cast<int>(trim), &bounds[vector]);
+        const auto find = ranks.around_median ? find_bounds_around_median : find_bounds;
+        ties |= find(sorted, static_cast<int>(num_rows), static_cast<int>(ranks.trim), &bounds[vector]);
       }
       consumer.begin(column, width);
       KeptRows{copy, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
@@ -561,7 +690,7 @@ struct OrderStatistics {
   }
 
   // From all keys in order. Returns whether some who tie with a bound are not kept.
-  static FEDFUSE_INLINE bool find_bounds(const Lane* sorted, int num_rows, int trim, Bounds* bounds) {
+  static bool find_bounds(const Lane* sorted, int num_rows, int trim, Bounds* bounds) {
     const auto key_of_rank = [&](int rank)
                                  __attribute__((always_inline)) { return load<Lane>(sorted + rank * kElements); };
     const int last = num_rows - 1 - trim;
@@ -579,13 +708,35 @@ struct OrderStatistics {
     return true;
   }
 
+  static bool find_bounds_around_median(const Lane* sorted, int num_rows, int dropped, Bounds* bounds) {
+    const auto key_of_rank = [&](int rank)
+                                 __attribute__((always_inline)) { return load<Lane>(sorted + rank * kElements); };
+    const Vector<Lane> first = first_around_median(sorted, num_rows, dropped);
+    const int count = num_rows - dropped;
+    Vector<Lane> low{}, high{}, skip{}, take{};
+    for (int rank = 0; rank <= dropped; ++rank) {
+      const Vector<Lane> is_first = bits_as<Lane>(first == fill<Lane>(static_cast<Lane>(rank)));
+      low |= key_of_rank(rank) & is_first;
+      high |= key_of_rank(rank + count - 1) & is_first;
+    }
+    for (int rank = 0; rank < num_rows; ++rank) {
+      const Vector<Lane> ranks = fill<Lane>(static_cast<Lane>(rank)), keys = key_of_rank(rank);
+      skip -= bits_as<Lane>((keys == low) & (ranks < first));
+      take -= bits_as<Lane>((keys == high) & (ranks < first + static_cast<Lane>(count)));
+    }
+    *bounds = {low, high, skip, take};
+    return true;
+  }
+
   template <typename Consumer>
-  static void select_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
+  static void select_by_radix(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks ranks,
                               Consumer& consumer) {
+    const std::int64_t count = ranks.count(num_rows);
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
     ColumnsCopy<kColumns> copy(num_rows);
     RankedValues<Lane> low, high;
+    std::uint32_t first_ranks[kGroup];
     // Of each column: how many are still to be skipped and taken among those who tie with the bounds.
     std::int64_t to_skip[kColumns], to_take[kColumns];
     Bounds bounds[kTileVectors];
@@ -595,11 +746,12 @@ struct OrderStatistics {
       copy.template take<true>(rows, num_rows, column, width);
       for (int group = 0; group < width; group += kGroup) {
         planes.fill_from(copy.rows, group, kNegativeInfinity, TileFetcher(rows, num_rows, column + group));
-        planes.select(trim, &low);
-        planes.select(num_rows - 1 - trim, &high);
+        find_first_ranks(&planes, num_rows, ranks, first_ranks);
+        planes.select([&](int i) { return first_ranks[i]; }, &low);
+        planes.select([&](int i) { return first_ranks[i] + count - 1; }, &high);
         for (int i = 0; i < kGroup; ++i) {
-          to_skip[group + i] = trim - low.below[i];
-          to_take[group + i] = num_rows - trim - high.below[i];
+          to_skip[group + i] = std::int64_t{first_ranks[i]} - low.below[i];
+          to_take[group + i] = first_ranks[i] + count - high.below[i];
         }
         for (int i = 0; i < kGroup; i += kElements) {
           bounds[(group + i) / kElements].low = load<Lane>(low.key + i);
@@ -636,25 +788,24 @@ struct OrderStatistics {
 
   // ---- The kernels --------------------------------------------------------------------------------------------------
 
-  static void trimmed_mean(const void* const* rows, std::int64_t num_rows, std::int64_t columns, std::int64_t trim,
-                           void* out) {
-    const auto by = num_rows <= kRows ? trimmed_mean_by_network : trimmed_mean_by_radix;
-    by(rows, num_rows, columns, trim, static_cast<Accumulator*>(out));
+  static void mean(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks kept, void* out) {
+    const auto by = num_rows <= kRows ? mean_by_network : mean_by_radix;
+    by(rows, num_rows, columns, kept, static_cast<Accumulator*>(out));
   }
 
   static void selected_mean(const void* const* rows, const void* const* tangents, std::int64_t num_rows,
-                            std::int64_t columns, std::int64_t trim, void* out) {
-    TangentSum consumer{tangents, num_rows - 2 * trim, static_cast<Accumulator*>(out), {}};
+                            std::int64_t columns, KeptRanks kept, void* out) {
+    TangentSum consumer{tangents, kept.count(num_rows), static_cast<Accumulator*>(out), {}};
     const auto by = num_rows <= kRows ? select_by_network<TangentSum> : select_by_radix<TangentSum>;
-    by(rows, num_rows, columns, trim, consumer);
+    by(rows, num_rows, columns, kept, consumer);
   }
 
   static void spread(const void* const* rows, const void* cotangent, std::int64_t num_rows, std::int64_t columns,
-                     std::int64_t trim, void* const* out) {
+                     KeptRanks kept, void* const* out) {
     CotangentSpread consumer{
-        static_cast<const Accumulator*>(cotangent), num_rows - 2 * trim, out, should_stream(out, num_rows), {}};
+        static_cast<const Accumulator*>(cotangent), kept.count(num_rows), out, should_stream(out, num_rows), {}};
     const auto by = num_rows <= kRows ? select_by_network<CotangentSpread> : select_by_radix<CotangentSpread>;
-    by(rows, num_rows, columns, trim, consumer);
+    by(rows, num_rows, columns, kept, consumer);
     if (consumer.streams) stream_fence();
   }
 
@@ -669,7 +820,7 @@ struct OrderStatistics {
     return true;
   }
 
-  static constexpr OrderStatisticKernels kKernels = {trimmed_mean, selected_mean, spread};
+  static constexpr OrderStatisticKernels kKernels = {mean, selected_mean, spread};
 };
 
 }  // namespace

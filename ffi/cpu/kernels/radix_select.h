@@ -191,9 +191,18 @@ class BitPlanes {
 
   // Finds the value of this rank in each column.
   void select(std::int64_t rank, RankedValues<Lane>* result) {
+    select([rank](int) { return rank; }, result);
+  }
+
+  // The same for rank_of(column).
+  template <typename RankOf>
+  void select(RankOf rank_of, RankedValues<Lane>* result) {
     for (int batch = 0; batch < Layout::kBatches; ++batch) {
-      Words key[kKeyWords], below, equal;
-      search(planes_ + batch * Layout::kPlanes * stride_, static_cast<std::uint32_t>(rank), key, &below, &equal);
+      Words key[kKeyWords], below, equal, ranks;
+      for (int lane = 0; lane < kWordLanes; ++lane) {
+        ranks[lane] = static_cast<std::uint32_t>(rank_of(Layout::column(batch, lane)));
+      }
+      search(planes_ + batch * Layout::kPlanes * stride_, ranks, key, &below, &equal);
       for (int lane = 0; lane < kWordLanes; ++lane) {
         const int column = Layout::column(batch, lane);
         std::uint64_t bits = key[0][lane];
@@ -213,8 +222,8 @@ class BitPlanes {
   // Odd: planes a power of two apart would compete for the same places in the cache.
   static std::int64_t stride_of(std::int64_t num_rows) { return blocks_of(num_rows) | 1; }
 
-  // Finds the key of this rank, 32 bits a word, and how many are below and equal.
-  void search(const Words* planes, std::uint32_t rank, Words* key, Words* below, Words* equal) {
+  // Finds the keys of these ranks, 32 bits a word, and how many are below and equal.
+  void search(const Words* planes, Words ranks, Words* key, Words* below, Words* equal) {
     Words* const candidates = candidates_;
     const std::int64_t blocks = blocks_;
     const int rest = static_cast<int>(num_rows_ % kBlockRows);
@@ -222,7 +231,7 @@ class BitPlanes {
     if (rest != 0) candidates[blocks - 1] = fill((std::uint32_t{1} << rest) - 1);
 
     // Each pass first narrows the candidates to those whose bit in the plane before differs from `flip`.
-    Words remaining = fill(rank), flip{};
+    Words remaining = ranks, flip{};
     const Words* previous = nullptr;
     const auto decide = [&](int plane, Words zeros) {
       const Words is_one = bits_as<std::uint32_t>(remaining >= zeros);
@@ -256,7 +265,7 @@ class BitPlanes {
       left += count_bits(candidates[block] & (previous[block] ^ flip));
     }
     *equal = left;
-    *below = rank - remaining;
+    *below = ranks - remaining;
   }
 
   std::int64_t num_rows_;

@@ -1,5 +1,5 @@
-// What the host tests of the CUDA kernels have in common: arrays of exactly their size, and running a problem with the
-// threads of a block in either order.
+// What the host tests of the CUDA kernels have in common: arrays, and running a problem with the threads in either
+// order. For one test program each: everything has internal linkage.
 #ifndef FEDFUSE_CUDA_TESTS_ARRAYS_H_
 #define FEDFUSE_CUDA_TESTS_ARRAYS_H_
 
@@ -30,6 +30,8 @@ std::mt19937_64 random_bits(1);
   if (!condition && failed <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
+// ---- Arrays ---------------------------------------------------------------------------------------------------------
+
 [[maybe_unused]] double get(Type type, const std::byte* data, std::int64_t index) {
   const auto as = [&](auto value) {
     std::memcpy(&value, data + index * sizeof value, sizeof value);
@@ -44,6 +46,8 @@ std::mt19937_64 random_bits(1);
       return float16_to_float(as(std::uint16_t{}));
     case Type::kInt32:
       return as(std::int32_t{});
+    case Type::kUInt32:
+      return as(std::uint32_t{});
     case Type::kBool:
       return as(std::uint8_t{});
     default:
@@ -62,6 +66,8 @@ std::mt19937_64 random_bits(1);
       return as(float_to_float16(static_cast<float>(value)));
     case Type::kInt32:
       return as(static_cast<std::int32_t>(value));
+    case Type::kUInt32:
+      return as(static_cast<std::uint32_t>(value));
     case Type::kBool:
       return as(static_cast<std::uint8_t>(value));
     default:
@@ -185,6 +191,13 @@ void run(const std::string& what, const Problem& problem, const std::vector<Arra
 [[maybe_unused]] bool is_close(double got, double expected, double tolerance) {
   if (std::isnan(expected)) return std::isnan(got);
   return got == expected || std::fabs(got - expected) <= tolerance;
+}
+
+[[maybe_unused]] double epsilon_of(Type type) {
+  return type == Type::kFloat64   ? 0x1p-52
+         : type == Type::kFloat32 ? 0x1p-23
+         : type == Type::kFloat16 ? 0x1p-10
+                                  : 0x1p-7;
 }
 
 }  // namespace

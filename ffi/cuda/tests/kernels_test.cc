@@ -7,31 +7,36 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "cuda/operations.h"
 #include "cuda/tests/arrays.h"
-#include "math/half.h"
 #include "math/ordered_keys.h"
 
 namespace fedfuse {
 namespace cuda {
 namespace {
 
-double epsilon_of(Type type) {
-  return type == Type::kFloat64   ? 0x1p-52
-         : type == Type::kFloat32 ? 0x1p-23
-         : type == Type::kFloat16 ? 0x1p-10
-                                  : 0x1p-7;
-}
-
 // ---- Order statistics -----------------------------------------------------------------------------------------------
 
+// The first kept rank of values in order. Around the median, a window slides up while what it would gain is nearer.
+std::int64_t first_kept(const std::vector<double>& sorted, std::int64_t trim, bool around_median) {
+  const auto size = static_cast<std::int64_t>(sorted.size());
+  if (!around_median) return trim;
+  const long double a = sorted[(size - 1) / 2], b = sorted[size / 2], median = (a + b) / 2;
+  const auto distance = [&](long double value) { return value == median ? 0 : std::fabs(value - median); };
+  std::int64_t first = 0;
+  while (first < trim) {
+    const long double lost = sorted[first], gained = sorted[first + size - trim];
+    if (!(gained < median || distance(gained) < distance(lost))) break;
+    ++first;
+  }
+  return first;
+}
+
 // Whether each client is kept, from the values of all of them.
-std::vector<bool> kept_clients(const std::vector<double>& values, const std::vector<bool>& present, std::int64_t trim) {
+std::vector<bool> kept_clients(const std::vector<double>& values, const std::vector<bool>& present, std::int64_t trim,
+                               bool around_median) {
   std::vector<int> order;
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (present[i]) order.push_back(static_cast<int>(i));
@@ -42,8 +47,12 @@ std::vector<bool> kept_clients(const std::vector<double>& values, const std::vec
   });
   std::vector<bool> kept(values.size(), false);
   const auto count = static_cast<std::int64_t>(order.size());
-  if (trim < 0 || 2 * trim >= count) return kept;
-  for (std::int64_t rank = trim; rank < count - trim; ++rank) kept[order[rank]] = true;
+  const std::int64_t num_kept = count - (around_median ? trim : 2 * trim);
+  if (trim < 0 || num_kept < 1) return kept;
+  std::vector<double> sorted;
+  for (const int client : order) sorted.push_back(values[client]);
+  const std::int64_t first = first_kept(sorted, trim, around_median);
+  for (std::int64_t rank = first; rank < first + num_kept; ++rank) kept[order[rank]] = true;
   return kept;
 }
 
@@ -83,6 +92,7 @@ struct OrderCase {
   std::vector<std::int64_t> batch = {};
   Type reduced = Type::kOther;  // the accumulator's
   bool derivatives = true;
+  bool around_median = false;
 };
 
 void check_order(const OrderCase& c, int pattern) {
@@ -91,7 +101,8 @@ void check_order(const OrderCase& c, int pattern) {
   const std::string what = std::string(name_of(c.type)) + " n=" + std::to_string(c.clients) +
                            " d=" + std::to_string(c.coordinates[0]) + " trim=" + std::to_string(c.trim) +
                            (c.traced ? " traced" : "") + (c.masked ? " masked" : "") +
-                           " pattern=" + std::to_string(pattern) + " batch=" + std::to_string(shape.batch.count);
+                           (c.around_median ? " around the median" : "") + " pattern=" + std::to_string(pattern) +
+                           " batch=" + std::to_string(shape.batch.count);
   std::vector<Array> updates, values, reduced, tangent, cotangents, spread;
   for (const std::int64_t coordinates : c.coordinates) {
     const std::int64_t stacked = c.clients * coordinates;
@@ -111,6 +122,7 @@ void check_order(const OrderCase& c, int pattern) {
   if (c.masked) trim.where = where.view;
   if (c.traced) trim.count = count.view;
   trim.attribute = c.traced ? -1 : c.trim;
+  trim.around_median = c.around_median;
 
   run(what, TrimmedMeanProblem{shape, views_of(updates), trim, views_of(reduced)}, pointers(reduced));
   if (c.derivatives) {
@@ -132,7 +144,7 @@ void check_order(const OrderCase& c, int pattern) {
           all.push_back(element(updates[leaf], row));
           present.push_back(!c.masked || get(Type::kBool, where.view.at(shape.batch, batch), row) != 0);
         }
-        const std::vector<bool> kept = kept_clients(all, present, c.trim);
+        const std::vector<bool> kept = kept_clients(all, present, c.trim, c.around_median);
         for (std::int64_t row = 0; row < c.clients; ++row) {
           if (!kept[row]) continue;
           kept_values.push_back(all[row]);
@@ -180,6 +192,14 @@ void check_order_statistics(Type type, bool brief) {
     }
     check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
     check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
+  }
+  // Around the median.
+  for (const std::int64_t clients : {1, 2, 5, 8, 33, 200}) {
+    for (const std::int64_t trim : {std::int64_t{0}, clients / 5, (clients - 1) / 2, clients - 1, clients}) {
+      OrderCase around{type, clients, {19, 2}, trim, false, trim % 2 == 1};
+      around.around_median = true;
+      for (int i = 0; i < (clients < 33 ? 6 : 2); ++i) check_order(around, pattern++);
+    }
   }
   // Tiles, batches, many leaves, other results.
   for (const std::int64_t clients : {3, 10, 150}) {

@@ -2,7 +2,7 @@
 
 FedJAX's own (`fedjax.aggregators.compression`) call the removed `jax.tree_map`. These have the same signatures, the
 same state and the same bit counts, and quantise a leaf exactly as FedJAX's functions do with the same key; which key a
-client gets is another. Import them from `fedfuse_jax.fedjax`.
+client gets is another.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedjax.aggregators.compression import CompressionState, arithmetic_encoding
 
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import reference
+from fedfuse_jax.fedjax.mean import mean_aggregator
 
 __all__ = [
     "rotated_uniform_stochastic_quantizer",
@@ -68,7 +69,7 @@ def uniform_stochastic_quantizer(
     """
     name = "uniform_stochastic_quantizer"
     num_levels = checks.python_int(name, "num_levels", num_levels, 2)
-    checks.prng_key(name, "rng", rng)
+    checks.random_key(name, rng)
     if encode_algorithm not in (None, "arithmetic"):
         raise ValueError(f"{name}: encode_algorithm is {encode_algorithm!r}; it needs None or 'arithmetic'.")
 
@@ -125,7 +126,7 @@ def rotated_uniform_stochastic_quantizer(num_levels: int, rng: fedjax.PRNGKey) -
     """
     name = "rotated_uniform_stochastic_quantizer"
     num_levels = checks.python_int(name, "num_levels", num_levels, 2)
-    checks.prng_key(name, "rng", rng)
+    checks.random_key(name, rng)
 
     def apply(clients: Iterable[ClientUpdate], state: CompressionState) -> tuple[Any, CompressionState]:
         next_rng, rotation_rng = jax.random.split(state.rng)
@@ -177,7 +178,7 @@ def structured_drive_quantizer(rng: fedjax.PRNGKey) -> fedjax.aggregators.Aggreg
     Notes:
         *Differentiability*: none that is useful. *Determinism*: the same key and order of clients, the same bits.
     """
-    checks.prng_key("structured_drive_quantizer", "rng", rng)
+    checks.random_key("structured_drive_quantizer", rng)
 
     def apply(clients: Iterable[ClientUpdate], state: CompressionState) -> tuple[Any, CompressionState]:
         next_rng, rotation_rng = jax.random.split(state.rng)
@@ -219,7 +220,7 @@ def terngrad_quantizer(rng: fedjax.PRNGKey) -> fedjax.aggregators.Aggregator:
     Notes:
         *Differentiability*: none that is useful. *Determinism*: the same key and order of clients, the same bits.
     """
-    checks.prng_key("terngrad_quantizer", "rng", rng)
+    checks.random_key("terngrad_quantizer", rng)
 
     def apply(clients: Iterable[ClientUpdate], state: CompressionState) -> tuple[Any, CompressionState]:
         next_rng, use_rng = jax.random.split(state.rng)
@@ -235,8 +236,6 @@ def _mean_of(
     restore: Callable[[Any], Any] = lambda mean: mean,
 ) -> Any:
     """The streaming mean of what `compress` makes of each client, restored, in the dtypes of the first client."""
-    from fedfuse_jax.fedjax import mean_aggregator  # which imports this file
-
     dtypes: list[Any] = []
 
     def compressed() -> Iterator[Any]:

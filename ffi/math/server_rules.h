@@ -1,0 +1,67 @@
+// One coordinate's step of a server optimizer: Reddi et al. 2021 (https://arxiv.org/abs/2003.00295), and Hsu et al.
+// 2019 (https://arxiv.org/abs/1909.06335) for momentum.
+#ifndef FEDFUSE_MATH_SERVER_RULES_H_
+#define FEDFUSE_MATH_SERVER_RULES_H_
+
+#include <cmath>
+
+#include "math/platform.h"
+
+namespace fedfuse {
+
+// In the order of fedfuse_jax.reference.SERVER_RULES.
+enum class ServerRule { kAvgM, kAdagrad, kAdam, kYogi };
+inline constexpr int kNumServerRules = 4;
+
+template <typename Real>
+struct Rates {
+  Real learning_rate, b1, b2, tau;
+};
+
+template <typename Real>
+struct ServerCoordinate {
+  Real param, first, second;
+};
+
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return sqrtf(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE double square_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+template <ServerRule kRule, typename Real>
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ServerCoordinate<Real> server_step(const Rates<Real>& rates,
+                                                                      ServerCoordinate<Real> old, Real delta) {
+  if constexpr (kRule == ServerRule::kAvgM) {
+    const Real first = rates.b1 * old.first + delta;
+    return {old.param + rates.learning_rate * first, first, old.second};
+  } else {
+    const Real square = delta * delta;
+    Real first = delta, second = old.second;
+    if constexpr (kRule != ServerRule::kAdagrad) first = rates.b1 * old.first + (1 - rates.b1) * delta;
+    if constexpr (kRule == ServerRule::kAdagrad) {
+      second += square;
+    } else if constexpr (kRule == ServerRule::kAdam) {
+      second = rates.b2 * second + (1 - rates.b2) * square;
+    } else {
+      const Real step = (1 - rates.b2) * square;
+      // NaN goes through the last of these.
+      second = second > square ? second - step : second < square ? second + step : second + (second - square);
+    }
+    return {old.param + rates.learning_rate * first / (square_root(second) + rates.tau), first, second};
+  }
+}
+
+}  // namespace fedfuse
+
+#endif  // FEDFUSE_MATH_SERVER_RULES_H_
