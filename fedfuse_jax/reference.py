@@ -823,10 +823,6 @@ def walsh_hadamard_transform(vector: Array) -> Array:
     return cube.reshape(-1) / math.sqrt(size)
 
 
-def _leaf_keys(key: Array, num_leaves: int) -> Any:
-    return [key] if num_leaves == 1 else jax.random.split(key, num_leaves)
-
-
 def padded_size(size: int) -> int:
     """The next power of two."""
     return 0 if size == 0 else 1 << (size - 1).bit_length()
@@ -842,7 +838,7 @@ def hadamard_rotation(update: PyTree, key: Array) -> PyTree:
         signs = jax.random.rademacher(key, (size,), flat.dtype)
         return walsh_hadamard_transform(jnp.pad(flat, (0, size - leaf.size)) * signs) if size else flat
 
-    rotated = [rotate(*pair) for pair in zip(leaves, _leaf_keys(key, len(leaves)), strict=True)]
+    rotated = [rotate(*pair) for pair in zip(leaves, leaf_keys(key, len(leaves)), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(update), rotated)
 
 
@@ -857,6 +853,6 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Array, like: PyTree) -> PyTr
         return flat[: math.prod(shape)].reshape(shape)
 
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(like)]
-    keys = _leaf_keys(key, len(leaves))
+    keys = leaf_keys(key, len(leaves))
     back = [rotate_back(*parts) for parts in zip(leaves, keys, shapes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(rotated), back)

@@ -30,7 +30,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
-BYZANTINE, ADAPTERS = "byzantine", "adapters"
+BYZANTINE, ADAPTERS, COMPRESSED = "byzantine", "adapters", "compressed"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -61,6 +61,11 @@ def battery(*words: str) -> tuple[str, ...]:
     return ("tests/test_battery.py", "-k", " and ".join(words))
 
 
+def compressed(word: str) -> tuple[str, ...]:
+    """Tests of compressed updates that have a word in their names."""
+    return ("tests/test_compressed.py", "-k", word)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutant:
     """One fault: what is written in which file, what is to stand there instead, and why that is wrong."""
@@ -86,6 +91,8 @@ REDUCTIONS, STREAMING, READER = "ffi/cpu/reductions.cc", "ffi/cpu/streaming.cc",
 ORDER_KERNEL, ORDER_TILES = "ffi/cpu/kernels/order_statistics_impl.h", "ffi/cpu/order_statistics.cc"
 RADIX, NETWORK_TILE = "ffi/cpu/kernels/radix_select.h", "ffi/cpu/kernels/network_tile.h"
 DISTANCES, CENTERS = "fedfuse_jax/distances.py", "fedfuse_jax/centers.py"
+COMPRESSED_RULES, COMPRESSED_CONTRACT = "fedfuse_jax/compressed.py", "ffi/contract/compressed.cc"
+COMPRESSED_TILES, CODES_KERNEL = "ffi/cpu/compressed.cc", "ffi/cpu/kernels/quantized.cc"
 KEYS, GENERATOR = "ffi/math/ordered_keys.h", "ffi/math/networks.py"
 PRIVATE_RULES, SERVER_OPERATIONS = "fedfuse_jax/private.py", "fedfuse_jax/server.py"
 PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
@@ -419,6 +426,59 @@ MUTANTS = (
            "neighbor_scores(updates, f, n - f - 2)", "no neighbour where Flower has one", COMPAT),
     Mutant(ADAPTERS, FLOWER, "where=lowest(_scores(self, updates), n - 2 * f)", "where=None",
            "Bulyan without a selection", COMPAT),
+    # --- Compressed updates: definitions ------------------------------------------------------------------------
+    Mutant(COMPRESSED, REFERENCE, "targets = jnp.where(_heard(indices, num_params, where), indices, num_params)",
+           "targets = indices", "a negative index counts from the end", DEFINITIONS),
+    Mutant(COMPRESSED, REFERENCE, "return inside if where is None else inside & where[:, None]", "return inside",
+           "absent clients' entries are added", DEFINITIONS),
+    Mutant(COMPRESSED, REFERENCE, "halves = [codes & 15, codes >> 4]", "halves = [codes >> 4, codes & 15]",
+           "the high half comes first", DEFINITIONS),
+    Mutant(COMPRESSED, REFERENCE, "lax.stop_gradient(jnp.where(jnp.isnan(flat), jnp.nan, jnp.abs(flat)))",
+           "lax.stop_gradient(jnp.abs(jnp.nan_to_num(flat)))", "NaN is the least magnitude", compressed("topk")),
+    Mutant(COMPRESSED, REFERENCE, "return flat[chosen], chosen, unravel(flat.at[chosen].set(0))",
+           "return flat[chosen], chosen, unravel(flat)", "what was sent is sent again", compressed("topk")),
+    Mutant(COMPRESSED, REFERENCE, "scales = greatest / top - least / top", "scales = (greatest - least) / top",
+           "the range of a block overflows", compressed("beyond")),
+    Mutant(COMPRESSED, REFERENCE, "scales = jnp.where(finite, safe, jnp.nan)", "scales = safe",
+           "NaN becomes a silent zero", compressed("poisons")),
+    Mutant(COMPRESSED, REFERENCE, "< positions - below)", "< 0.5)", "rounds at random, but not without bias",
+           compressed("unbiased")),
+    Mutant(COMPRESSED, REFERENCE, "return cube.reshape(-1) / math.sqrt(size)", "return cube.reshape(-1)",
+           "the rotation stretches", compressed("rotation")),
+    # --- Compressed updates: rules ------------------------------------------------------------------------------
+    Mutant(COMPRESSED, COMPRESSED_RULES, "indices = np.where((indices >= 0) & (indices < num_params), indices, -1)",
+           "indices = np.asarray(indices)", "64-bit indices are cut to other indices", compressed("integer_dtype")),
+    Mutant(COMPRESSED, COMPRESSED_RULES, "drift = _over_coordinates(-drifts.sum(-2)",
+           "drift = _over_coordinates(drifts.sum(-2)", "the zero points' derivative has the wrong sign",
+           compressed("derivatives")),
+    Mutant(COMPRESSED, COMPRESSED_RULES, "return present(functools.reduce(jnp.multiply, map(present, factors)))",
+           "return functools.reduce(jnp.multiply, map(present, factors))",
+           "a NaN cotangent reaches an absent client", battery("absent", "quantized")),
+    Mutant(COMPRESSED, PRIMITIVE, "return [lax.psum(part, names) if names else part for", "return [part for",
+           "sharded clients are not summed", sharding("test_jit", "quantized")),
+    # --- Compressed updates: kernels ----------------------------------------------------------------------------
+    Mutant(COMPRESSED, COMPRESSED_TILES, "descents |= indices[i] > indices[i + 1];",
+           "descents |= indices[i] > indices[i + 1] + 1;", "takes rows for sorted that are not",
+           compressed("sparse_sum_of_many")),
+    Mutant(COMPRESSED, COMPRESSED_TILES, "const std::int64_t last = std::min(first + kStretch, count - 1);",
+           "const std::int64_t last = std::min(first + kStretch, count - 2);", "does not look at the last index",
+           compressed("sparse_sum_of_many")),
+    Mutant(COMPRESSED, COMPRESSED_TILES, "return static_cast<std::uint32_t>(index) < end;", "return index < 1 << 30;",
+           "an index out of range is not ignored", compressed("sparse_sum_of_many")),
+    Mutant(COMPRESSED, COMPRESSED_TILES, "const bool counts = present && indices[i] >= 0",
+           "const bool counts = indices[i] >= 0", "an absent client has a gradient", battery("absent", "topk")),
+    Mutant(COMPRESSED, COMPRESSED_TILES, "(block + 1) * shape.block_size) - begin;",
+           "(block + 1) * shape.block_size + 1) - begin;", "a block takes its neighbour's first coordinate",
+           compressed("every_layout")),
+    Mutant(COMPRESSED, CODES_KERNEL, "return kSigned ? (halves ^ 8) - 8 : halves;", "return halves;",
+           "signed halves lose their sign", compressed("every_layout")),
+    Mutant(COMPRESSED, CODES_KERNEL, "if (kPacked && begin % 2 != 0 && columns > 0) {\n      sweep_some",
+           "if (false) {\n      sweep_some", "a block that begins in the middle of a byte is off by one",
+           compressed("every_layout")),
+    Mutant(COMPRESSED, CODES_KERNEL, "for (std::int64_t i = count; i < kColumns; ++i) values[i] = zero;", "",
+           "what is not there is worth its zero point's NaN", battery("not_finite", "quantized_dots")),
+    Mutant(COMPRESSED, COMPRESSED_CONTRACT, "shape.bytes == (needed + per_byte - 1) / per_byte", "shape.bytes > 0",
+           "codes that are too short are read past their end", NATIVE),
 )  # fmt: skip
 
 

@@ -13,12 +13,19 @@ words into ours and calls the core.
         aggregator=trimmed_mean_aggregator(0.25),
     )
 
-`mean` takes one client at a time; `order_statistics` and `robust` stack all updates, prepare them
-by `pre_aggregators` and reduce them; `averaging` is the algorithm around an aggregator.
+`mean` takes one client at a time, and `compression` quantises each on its way to it;
+`order_statistics` and `robust` stack all updates, prepare them by `pre_aggregators` and reduce
+them; `averaging` is the algorithm around an aggregator.
 """
 
 from fedfuse_jax.fedjax._stacking import PreAggregator
 from fedfuse_jax.fedjax.averaging import StatefulServerState, federated_averaging
+from fedfuse_jax.fedjax.compression import (
+    rotated_uniform_stochastic_quantizer,
+    structured_drive_quantizer,
+    terngrad_quantizer,
+    uniform_stochastic_quantizer,
+)
 from fedfuse_jax.fedjax.mean import mean_aggregator
 from fedfuse_jax.fedjax.order_statistics import (
     mean_around_median_aggregator,
@@ -48,5 +55,9 @@ __all__ = [
     "median_aggregator",
     "multi_krum_aggregator",
     "nearest_neighbor_mixing_pre_aggregator",
+    "rotated_uniform_stochastic_quantizer",
+    "structured_drive_quantizer",
+    "terngrad_quantizer",
     "trimmed_mean_aggregator",
+    "uniform_stochastic_quantizer",
 ]
