@@ -188,9 +188,8 @@ def _exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _sum_is_less(a: Array, b: Array, c: Array, d: Array) -> Array:
     """Whether ``a + b < c + d``, exactly; False where either sum is NaN."""
-    greatest = functools.reduce(jnp.maximum, map(jnp.abs, (a, b, c, d)))
-    # Half of a number this large is exact, and no sum of two halves overflows.
-    scale = jnp.where(greatest > jnp.finfo(a.dtype).max / 4, 0.5, 1).astype(a.dtype)
+    # Where a sum overflows, its halves are exact.
+    scale = jnp.where(jnp.isfinite(a + b) & jnp.isfinite(c + d), 1, 0.5).astype(a.dtype)
     (left, left_rest), (right, right_rest) = _exact_sum(a * scale, b * scale), _exact_sum(c * scale, d * scale)
     return (left < right) | ((left == right) & (left_rest < right_rest))
 

@@ -174,9 +174,8 @@ struct RadixBody {
   static FEDFUSE_DEVICE bool window_slides_at(const Shared& shared, int column) {
     const Accumulator lost = value_of(shared.prefixes[0][column]), gained = value_of(shared.prefixes[1][column]);
     const Accumulator a = value_of(shared.middle[0][column]), b = value_of(shared.middle[1][column]);
-    const Accumulator large = std::numeric_limits<Accumulator>::max() / 4;
-    const auto is_large = [&](Accumulator value) { return value > large || value < -large; };
-    const bool overflows = is_large(lost) || is_large(gained) || is_large(a) || is_large(b);
+    // Where a sum overflows, its halves are exact.
+    const bool overflows = !is_finite(lost + gained) || !is_finite(a + b);
     return window_slides<Accumulator>(lost, gained, a, b, overflows ? Accumulator{0.5} : Accumulator{1},
                                       std::numeric_limits<Accumulator>::infinity());
   }

@@ -175,15 +175,10 @@ struct OrderStatistics {
 
   // ---- Around the median --------------------------------------------------------------------------------------------
 
-  // Half of values that large is exact, and no sum of two halves overflows.
-  static constexpr Accumulator kLarge = RealLimits<Accumulator>::kGreatest / 4;
-
-  static FEDFUSE_INLINE Sum magnitude(Sum value) { return value < 0 ? -value : value; }
-
   static FEDFUSE_INLINE auto slides(Sum lost, Sum gained, Sum a, Sum b) {
-    const Sum large = fill<Accumulator>(kLarge);
-    const auto overflows =
-        (magnitude(lost) > large) | (magnitude(gained) > large) | (magnitude(a) > large) | (magnitude(b) > large);
+    // Where a sum overflows, its halves are exact.
+    const Sum left = lost + gained, right = a + b;
+    const auto overflows = (left - left != Sum{}) | (right - right != Sum{});
     const Sum half = overflows ? fill<Accumulator>(Accumulator{0.5}) : fill<Accumulator>(1);
     return window_slides<Sum>(lost, gained, a, b, half, fill<Accumulator>(__builtin_inff()));
   }

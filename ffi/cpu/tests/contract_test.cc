@@ -168,8 +168,12 @@ void test_order_statistics() {
   expect(std::fabs(owned.floats(0)[0] - 4.6f) < 1e-6f && owned.floats(0)[1] == 4, "means of what is kept");
   expect(std::isnan(owned.floats(0)[2]) && std::isnan(owned.floats(0)[3]), "NaN when nobody is left");
 
-  OwnedCall spread("spread_to_selected",
-                   {{"batch_dims", 0}, {"num_leaves", 1}, {"has_where", 1}, {"has_trim_count", 0}, {"trim", 1}});
+  OwnedCall spread("spread_to_selected", {{"batch_dims", 0},
+                                          {"num_leaves", 1},
+                                          {"has_where", 1},
+                                          {"has_trim_count", 0},
+                                          {"trim", 1},
+                                          {"around_median", 0}});
   spread.operand<float>(Type::kFloat32, {4, 1}, {4, NAN, 1, 2});
   spread.operand<float>(Type::kFloat32, {1}, {6});
   spread.operand<char>(Type::kBool, {4}, {1, 0, 1, 1});
@@ -179,8 +183,12 @@ void test_order_statistics() {
     expect(spread.floats(0)[client] == (client == 3 ? 6.0f : 0.0f), "the cotangent goes to the client that is kept");
   }
 
-  OwnedCall selected("selected_mean",
-                     {{"batch_dims", 0}, {"num_leaves", 1}, {"has_where", 0}, {"has_trim_count", 0}, {"trim", 1}});
+  OwnedCall selected("selected_mean", {{"batch_dims", 0},
+                                       {"num_leaves", 1},
+                                       {"has_where", 0},
+                                       {"has_trim_count", 0},
+                                       {"trim", 1},
+                                       {"around_median", 0}});
   selected.operand<float>(Type::kFloat32, {3, 1}, {4, 9, 1});
   selected.operand<float>(Type::kFloat32, {3, 1}, {10, 20, 30});
   selected.result(Type::kBFloat16, {1});
