@@ -54,13 +54,15 @@ def fedavgm(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransforma
     return _transformation("avgm", learning_rate, momentum, 0.0, 0.0)
 
 
-def fedadagrad(learning_rate: Any, tau: Any = 1e-3) -> optax.GradientTransformation:
+def fedadagrad(learning_rate: Any, b1: Any = 0.0, tau: Any = 1e-3) -> optax.GradientTransformation:
     """Makes FedAdagrad an optax transformation.
 
-    .. math:: v \\leftarrow v + g^2, \\qquad u = -\\eta \\frac{g}{\\sqrt v + \\tau}
+    .. math:: m \\leftarrow \\beta_1 m + (1 - \\beta_1) g, \\qquad v \\leftarrow v + g^2, \\qquad
+        u = -\\eta \\frac{m}{\\sqrt v + \\tau}
 
     Args:
       learning_rate: η, a real scalar, or a schedule: a function of the number of steps taken.
+      b1: β₁, a real scalar; 0, as usual, keeps no momentum.
       tau: τ, a real scalar.
 
     Returns:
@@ -84,7 +86,7 @@ def fedadagrad(learning_rate: Any, tau: Any = 1e-3) -> optax.GradientTransformat
     Notes:
       *Determinism*: XLA's own.
     """
-    return _transformation("adagrad", learning_rate, 0.0, 0.0, tau)
+    return _transformation("adagrad", learning_rate, b1, 0.0, tau)
 
 
 def fedadam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) -> optax.GradientTransformation:

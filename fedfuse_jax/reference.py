@@ -527,7 +527,7 @@ def server_step(
         first = b1 * first + delta
         step = learning_rate * first
     else:
-        first = delta if rule == "adagrad" else b1 * first + (1 - b1) * delta
+        first = b1 * first + (1 - b1) * delta
         if rule == "adagrad":
             second = second + square
         elif rule == "adam":
@@ -594,11 +594,12 @@ def fedadagrad_weighted_update(
     weights: Array | None = None,
     *,
     learning_rate: Any,
+    b1: Any = 0.0,
     tau: Any = 1e-3,
     where: Array | None = None,
 ) -> tuple[PyTree, Any]:
-    """``m ← Δ``, ``v ← v + Δ²``, ``x ← x + η m / (√v + τ)``."""
-    return server_update("adagrad", params, state, updates, weights, where, learning_rate, tau=tau)
+    """``m ← β₁ m + (1 − β₁) Δ``, ``v ← v + Δ²``, ``x ← x + η m / (√v + τ)``."""
+    return server_update("adagrad", params, state, updates, weights, where, learning_rate, b1, tau=tau)
 
 
 def fedadam_weighted_update(

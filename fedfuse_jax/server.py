@@ -152,14 +152,16 @@ def fedadagrad_weighted_update(
     weights: Any = None,
     *,
     learning_rate: Any,
+    b1: Any = 0.0,
     tau: Any = 1e-3,
     where: Any = None,
     axis_name: Any = None,
 ) -> tuple[PyTree, ServerState]:
     """Steps the server's parameters along the clients' weighted mean, by Adagrad.
 
-    .. math:: \\Delta = \\sum_i w_i x_i \\Big/ \\sum_i w_i, \\qquad m \\leftarrow \\Delta, \\qquad
-        v \\leftarrow v + \\Delta^2, \\qquad \\theta \\leftarrow \\theta + \\eta \\frac{m}{\\sqrt v + \\tau}
+    .. math:: \\Delta = \\sum_i w_i x_i \\Big/ \\sum_i w_i, \\qquad
+        m \\leftarrow \\beta_1 m + (1 - \\beta_1) \\Delta, \\qquad v \\leftarrow v + \\Delta^2, \\qquad
+        \\theta \\leftarrow \\theta + \\eta \\frac{m}{\\sqrt v + \\tau}
 
     Updates are client − server, so that parameters move along them. When nobody takes part, or Δ is not finite
     anywhere in the tree, parameters and state come back unchanged, and ``step`` does not advance.
@@ -172,6 +174,7 @@ def fedadagrad_weighted_update(
       updates: Client-stacked pytree like ``params``, of leaves ``(n_clients, *shape)`` of any floating dtype.
       weights: ``(n_clients,)`` real numbers, such as numbers of examples. ``None``: the plain mean.
       learning_rate: η, a real scalar, which may change from round to round.
+      b1: β₁, a real scalar from 0 to 1; 0, as usual, keeps no momentum.
       tau: τ, a real scalar, at least 0: how adaptive the step is.
       where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
       axis_name: Inside your own ``shard_map``, the mesh axes (one or a tuple) over which the parameters are
@@ -196,7 +199,7 @@ def fedadagrad_weighted_update(
       ([1.5, 0.5], [9.0, 16.0])
 
     Source:
-      FedAdagrad of Reddi et al. 2021, https://arxiv.org/abs/2003.00295, with β₁ = 0.
+      FedAdagrad of Reddi et al. 2021, https://arxiv.org/abs/2003.00295.
 
     Notes:
       *Differentiability*: in everything but ``step`` and ``where``.
@@ -204,7 +207,7 @@ def fedadagrad_weighted_update(
       where they are and all-reduced (client order is waived then).
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
-    scalars = {"learning_rate": learning_rate, "tau": tau}
+    scalars = {"learning_rate": learning_rate, "b1": b1, "tau": tau}
     return _update(FEDADAGRAD, params, state, updates, weights, where, axis_name, scalars)
 
 

@@ -455,7 +455,7 @@ ROWS = (
         collectives=("all-reduce",),
     ),
     server_row("fedavgm_weighted_update", "learning_rate", "momentum"),
-    server_row("fedadagrad_weighted_update", "learning_rate", "tau"),
+    server_row("fedadagrad_weighted_update", "learning_rate", "b1", "tau"),
     server_row("fedadam_weighted_update", "learning_rate", "b1", "b2", "tau"),
     server_row("fedyogi_weighted_update", "learning_rate", "b1", "b2", "tau"),
     Row(

@@ -519,9 +519,9 @@ def _adaptive(eta: float, b1: float, tau: float, new_second: Any) -> Any:
 
 
 def fedadagrad_weighted_update(
-    params: Any, state: Any, updates: Any, learning_rate: Any, tau: Any, weights: Any = None, where: Any = None
+    params: Any, state: Any, updates: Any, learning_rate: Any, b1: Any, tau: Any, weights: Any = None, where: Any = None
 ) -> Any:
-    rule = _adaptive(float(learning_rate), 0.0, float(tau), lambda v, delta, error: (v + delta**2, v + error))
+    rule = _adaptive(float(learning_rate), float(b1), float(tau), lambda v, delta, error: (v + delta**2, v + error))
     return _server_update(rule, params, state, updates, weights, where)
 
 

@@ -324,7 +324,7 @@ MUTANTS = (
            battery("eager", "fedadam"), without_kernels=True),
     Mutant(SERVER, REFERENCE, "jnp.sign(second - square)", "jnp.sign(square - second)", "Yogi the wrong way round",
            battery("eager", "fedyogi"), without_kernels=True),
-    Mutant(SERVER, REFERENCE, 'else b1 * first + (1 - b1) * delta', 'else b1 * first + delta',
+    Mutant(SERVER, REFERENCE, 'first = b1 * first + (1 - b1) * delta', 'first = b1 * first + delta',
            "Adam without damping", battery("eager", "fedadam"), without_kernels=True),
     Mutant(SERVER, REFERENCE, "for x in jax.tree.leaves(delta)]", "for x in jax.tree.leaves(delta)[:1]]",
            "only the first leaf is asked", ROUNDS, without_kernels=True),

@@ -47,8 +47,8 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ServerCoordinate<Real> server_step(const Rate
     return {old.param + rates.learning_rate * first, first, old.second};
   } else {
     const Real square = delta * delta;
-    Real first = delta, second = old.second;
-    if constexpr (kRule != ServerRule::kAdagrad) first = rates.b1 * old.first + (1 - rates.b1) * delta;
+    const Real first = rates.b1 * old.first + (1 - rates.b1) * delta;
+    Real second = old.second;
     if constexpr (kRule == ServerRule::kAdagrad) {
       second += square;
     } else if constexpr (kRule == ServerRule::kAdam) {
