@@ -217,7 +217,10 @@ struct OrderStatistics {
       const Vector<Lane> ranks = fill<Lane>(static_cast<Lane>(rank));
       const Vector<Lane> is_kept = bits_as<Lane>((ranks >= first) & (ranks < past));
       Sum values[kParts];
-      Element<type>::widen(flipped<Lane>(load<Lane>(sorted + rank * kElements)) & is_kept, values);
+      // Whoever is not kept adds minus zero, which changes nothing, not even a sum of minus zeros.
+      const Vector<Lane> minus_zero = fill<Lane>(static_cast<Lane>(~kGreatestKey<Lane>));
+      const Vector<Lane> bits = flipped<Lane>(load<Lane>(sorted + rank * kElements));
+      Element<type>::widen((bits & is_kept) | (minus_zero & ~is_kept), values);
       for (int part = 0; part < kParts; ++part) sums[part] += kScaled ? values[part] * scale : values[part];
     }
   }
