@@ -244,6 +244,8 @@ struct OrderStatistics {
       for (int lane = 0; lane < kLanes<Accumulator>; ++lane) {
         Accumulator* const mean = out + part * kLanes<Accumulator> + lane;
         if (!is_finite(*mean)) *mean = unscaled_mean(sums[part][lane], scale, count);
+        // Of several NaNs a sum may give any, and which may depend on the place.
+        if (*mean != *mean) *mean = static_cast<Accumulator>(__builtin_nanf(""));
       }
     }
   }
