@@ -276,6 +276,8 @@ def test_a_batch_that_is_too_small_is_refused(case):
     call = native_call(case, batch=(3,))
     call.run()
     for i, operand in enumerate(call.operands):
+        if operand.shape[0] == 1:  # a constant, shared by the whole batch
+            continue
         message = refusal(dataclasses.replace(call, operands=replaced(call.operands, i, operand[:2])))
         assert message is not None, f"operand {i}"
         assert "INVALID_ARGUMENT" in message, f"operand {i}: {message}"
