@@ -43,6 +43,7 @@ struct SumPairs {
   using Parameters = cuda::Parameters<2, PairOptions>;
 
   static constexpr int kThreads = 256;
+  static constexpr int kBlocks = 2;
   static constexpr int kTileColumns = kReductionBlock;
   static constexpr int kColumns = 16;  // at a time
   static constexpr int kSide = 16;     // threads
@@ -199,6 +200,7 @@ struct Mix {
   using Shared = Nothing;
 
   static constexpr int kThreads = 256;
+  static constexpr int kBlocks = type == Type::kFloat64 ? 0 : 2;  // see kBlocksWanted
   static constexpr int kTileColumns = kThreads;
   static constexpr int kRows = 8;
 
@@ -250,6 +252,7 @@ struct Step {
   using Parameters = cuda::Parameters<4, StepOptions>;
 
   static constexpr int kThreads = 256;
+  static constexpr int kBlocks = 3;
   static constexpr int kTileColumns = kReductionBlock;
   static constexpr int kColumns = 1024;  // at a time
   static constexpr int kLanes = 32;      // threads on a client's distance

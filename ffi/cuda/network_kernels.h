@@ -156,7 +156,7 @@ FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
 constexpr int network_blocks(bool sorts, int words, int columns) {
   constexpr int kRegistersOfThread = 65536 / 128;
   const int most = sorts ? 6 : 8;
-  const int blocks = kRegistersOfThread / (words + (!sorts ? 32 : columns > 1 ? 64 : 46));
+  const int blocks = kRegistersOfThread / (words + (!sorts ? 32 : columns > 1 ? 72 : 46));
   return blocks < most ? blocks : most;
 }
 

@@ -19,7 +19,7 @@ struct RadixBody {
   using Parameters = OrderParameters;
 
   static constexpr int kThreads = 256;
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 3;
   static constexpr int kTileColumns = 16;
   static constexpr int kGroups = kThreads / kTileColumns;  // of threads, each with a row
   static constexpr int kBits = 8;
