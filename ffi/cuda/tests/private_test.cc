@@ -236,9 +236,7 @@ void check_server(ServerRule rule, Type type, Type update_type, bool in_place, d
       double param = before[0][at], first = before[1][at], second = before[2][at];
       if (counts) {
         const double square = delta * delta;
-        first = rule == ServerRule::kAdagrad ? delta
-                : rule == ServerRule::kAvgM  ? beta1 * first + delta
-                                             : beta1 * first + (1 - beta1) * delta;
+        first = rule == ServerRule::kAvgM ? beta1 * first + delta : beta1 * first + (1 - beta1) * delta;
         if (rule == ServerRule::kAdagrad) second += square;
         if (rule == ServerRule::kAdam) second = 0.75 * second + 0.25 * square;
         if (rule == ServerRule::kYogi) second -= 0.25 * square * (second > square ? 1 : -1);
