@@ -26,9 +26,9 @@ few_floats = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), -float("i
 
 
 @st.composite
-def clients(draw, numbers=None):
+def clients(draw, numbers=any_float | few_floats):
     shape = draw(st.sampled_from(SHAPES))
-    updates = draw(hnp.arrays(np.float32, shape, elements=numbers or st.one_of(any_float, few_floats)))
+    updates = draw(hnp.arrays(np.float32, shape, elements=numbers))
     signs = draw(hnp.arrays(bool, shape))
     updates = np.where(np.isnan(updates) & signs, np.copysign(np.float32("nan"), np.float32(-1)), updates)
     where = draw(hnp.arrays(bool, shape[0]))

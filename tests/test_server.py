@@ -56,7 +56,7 @@ def bad_rounds():
 
 
 @each_rule
-@pytest.mark.parametrize("bad", bad_rounds(), ids=lambda bad: bad[0])
+@pytest.mark.parametrize("bad", list(bad_rounds()), ids=lambda bad: bad[0])
 def test_a_bad_round_changes_nothing(rule, bad):
     params, state = some_state(rule)
     _, updates, options = bad
