@@ -82,14 +82,6 @@ def test_kernels_for_compressed_updates_on_the_host(tmp_path):
     assert " 0 failed" in run(program)
 
 
-@needs_sources
-def test_every_cpu_handler_has_a_cuda_twin():
-    table = re.compile(r"FEDFUSE_HANDLER\((\w+, \w+, \w+)\);")
-    cpu, cuda = (table.findall((FFI / backend / "module.cc").read_text()) for backend in ("cpu", "cuda"))
-    assert cpu == cuda
-    assert len(cuda) > 0
-
-
 # --- What ptxas says --------------------------------------------------------------------------------------------
 
 LOG = """\

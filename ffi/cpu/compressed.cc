@@ -351,11 +351,8 @@ Work cut(std::shared_ptr<const QuantizedSumProblem> problem) {
   work.run = [problem, tiles](std::int64_t task) {
     const std::int64_t begin = task % tiles * kColumns;
     const std::int64_t columns = std::min(kColumns, problem->shape.coordinates - begin);
-    if (problem->total.type == Type::kFloat64) {
-      add_quantized_tile<double>(*problem, task / tiles, begin, columns);
-    } else {
-      add_quantized_tile<float>(*problem, task / tiles, begin, columns);
-    }
+    with_accumulator(problem->total.type,
+                     [&](auto zero) { add_quantized_tile<decltype(zero)>(*problem, task / tiles, begin, columns); });
   };
   return work;
 }

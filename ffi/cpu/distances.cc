@@ -215,42 +215,25 @@ Work cut(std::shared_ptr<const PairsProblem> problem) {
   work.cost = stacked_bytes(problem->shape, problem->updates) * (1 + problem->shape.clients / 8);
   work.run = [problem](std::int64_t task) { sum_pairs(*problem, task); };
   work.finish = [problem] {
-    problem->pairs.type == Type::kFloat64 ? finish_pairs<double>(*problem) : finish_pairs<float>(*problem);
+    with_accumulator(problem->pairs.type, [&](auto zero) { finish_pairs<decltype(zero)>(*problem); });
   };
   return work;
 }
 
 Work cut(std::shared_ptr<const MixProblem> problem) {
-  const Tiles tiles(problem->shape, kMixColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates) * (1 + problem->rows / 8);
-  work.run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
-    if (problem->updates[tile.leaf].type == Type::kFloat64) {
-      mix_tile<double>(*problem, tile);
-    } else {
-      mix_tile<float>(*problem, tile);
-    }
-  };
-  return work;
+  const std::int64_t cost = stacked_bytes(problem->shape, problem->updates) * (1 + problem->rows / 8);
+  return cut_tiles(problem->shape, kMixColumns, cost, [problem](const Tile& tile) {
+    with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { mix_tile<decltype(zero)>(*problem, tile); });
+  });
 }
 
 Work cut(std::shared_ptr<const StepProblem> problem) {
-  const Tiles tiles(problem->shape, kReductionBlock);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
-    if (problem->updates[tile.leaf].type == Type::kFloat64) {
-      step_tile<double>(*problem, tile);
-    } else {
-      step_tile<float>(*problem, tile);
-    }
-  };
+  const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
+  Work work = cut_tiles(problem->shape, kReductionBlock, cost, [problem](const Tile& tile) {
+    with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { step_tile<decltype(zero)>(*problem, tile); });
+  });
   work.finish = [problem] {
-    problem->distances.type == Type::kFloat64 ? finish_distances<double>(*problem) : finish_distances<float>(*problem);
+    with_accumulator(problem->distances.type, [&](auto zero) { finish_distances<decltype(zero)>(*problem); });
   };
   return work;
 }

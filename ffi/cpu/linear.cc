@@ -75,35 +75,19 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
-  const Tiles tiles(problem->shape, kSumColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
-    if (problem->updates[tile.leaf].type == Type::kFloat64) {
-      run_tile<double>(*problem, tile);
-    } else {
-      run_tile<float>(*problem, tile);
-    }
-  };
-  return work;
+  return cut_tiles(problem->shape, kSumColumns, stacked_bytes(problem->shape, problem->updates),
+                   [problem](const Tile& tile) {
+                     with_accumulator(problem->updates[tile.leaf].type,
+                                      [&](auto zero) { run_tile<decltype(zero)>(*problem, tile); });
+                   });
 }
 
 Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
-  const Tiles tiles(problem->shape, kSumColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->spread);
-  work.run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
-    if (problem->spread[tile.leaf].type == Type::kFloat64) {
-      spread_tile<double>(*problem, tile);
-    } else {
-      spread_tile<float>(*problem, tile);
-    }
-  };
-  return work;
+  return cut_tiles(problem->shape, kSumColumns, stacked_bytes(problem->shape, problem->spread),
+                   [problem](const Tile& tile) {
+                     with_accumulator(problem->spread[tile.leaf].type,
+                                      [&](auto zero) { spread_tile<decltype(zero)>(*problem, tile); });
+                   });
 }
 
 }  // namespace fedfuse

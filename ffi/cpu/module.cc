@@ -8,6 +8,7 @@
 #include "cpu/pages.h"
 #include "handlers/bindings.h"
 #include "handlers/decode.h"
+#include "handlers/operations.h"
 
 namespace fedfuse {
 namespace {
@@ -36,69 +37,12 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
       [](ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, ffi::Dictionary attributes) { \
         return (handle<Problem, read>)(#operation, pool, operands, results, attributes);                              \
       },                                                                                                              \
-      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
 
-FEDFUSE_HANDLER(weighted_sum, WeightedSumProblem, read_weighted_sum);
-FEDFUSE_HANDLER(weighted_mean, WeightedSumProblem, read_weighted_sum);
-FEDFUSE_HANDLER(weighted_spread, WeightedSpreadProblem, read_weighted_spread);
-FEDFUSE_HANDLER(squared_norms, ClientDotsProblem, read_squared_norms);
-FEDFUSE_HANDLER(client_dots, ClientDotsProblem, read_client_dots);
-FEDFUSE_HANDLER(finite_clients, FiniteClientsProblem, read_finite_clients);
-FEDFUSE_HANDLER(accumulate_weighted, AccumulateProblem, read_accumulate);
-FEDFUSE_HANDLER(stack_clients, StackProblem, read_stack);
-FEDFUSE_HANDLER(coordinate_median, TrimmedMeanProblem, read_trimmed_mean);
-FEDFUSE_HANDLER(trimmed_mean, TrimmedMeanProblem, read_trimmed_mean);
-FEDFUSE_HANDLER(mean_around_median, TrimmedMeanProblem, read_mean_around_median);
-FEDFUSE_HANDLER(selected_mean, SelectedMeanProblem, read_selected_mean);
-FEDFUSE_HANDLER(spread_to_selected, SpreadProblem, read_spread);
-FEDFUSE_HANDLER(client_norms, ClientNormsProblem, read_client_norms);
-FEDFUSE_HANDLER(clipped_weighted_sum, PrivateSumProblem, read_private_sum);
-FEDFUSE_HANDLER(noisy_weighted_sum, PrivateSumProblem, read_private_sum);
-FEDFUSE_HANDLER(clipped_noisy_weighted_sum, PrivateSumProblem, read_private_sum);
-FEDFUSE_HANDLER(fedavgm_weighted_update, ServerUpdateProblem, read_server_update);
-FEDFUSE_HANDLER(fedadagrad_weighted_update, ServerUpdateProblem, read_server_update);
-FEDFUSE_HANDLER(fedadam_weighted_update, ServerUpdateProblem, read_server_update);
-FEDFUSE_HANDLER(fedyogi_weighted_update, ServerUpdateProblem, read_server_update);
-FEDFUSE_HANDLER(topk_sparse_weighted_sum, SparseSumProblem, read_sparse_sum);
-FEDFUSE_HANDLER(sparse_spread, SparseSpreadProblem, read_sparse_spread);
-FEDFUSE_HANDLER(sparse_dots, SparseDotsProblem, read_sparse_dots);
-FEDFUSE_HANDLER(quantized_weighted_sum, QuantizedSumProblem, read_quantized_sum);
-FEDFUSE_HANDLER(quantized_dots, QuantizedDotsProblem, read_quantized_dots);
-FEDFUSE_HANDLER(pairwise_squared_distances, PairsProblem, read_pairs);
-FEDFUSE_HANDLER(mix_clients, MixProblem, read_mix);
-FEDFUSE_HANDLER(step_toward_clients, StepProblem, read_step);
+FEDFUSE_FOR_EACH_OPERATION(FEDFUSE_HANDLER)
 
-constexpr NamedHandler kHandlers[] = {
-    {"weighted_sum", weighted_sum},
-    {"weighted_mean", weighted_mean},
-    {"weighted_spread", weighted_spread},
-    {"squared_norms", squared_norms},
-    {"client_dots", client_dots},
-    {"finite_clients", finite_clients},
-    {"accumulate_weighted", accumulate_weighted},
-    {"stack_clients", stack_clients},
-    {"coordinate_median", coordinate_median},
-    {"trimmed_mean", trimmed_mean},
-    {"mean_around_median", mean_around_median},
-    {"selected_mean", selected_mean},
-    {"spread_to_selected", spread_to_selected},
-    {"client_norms", client_norms},
-    {"clipped_weighted_sum", clipped_weighted_sum},
-    {"noisy_weighted_sum", noisy_weighted_sum},
-    {"clipped_noisy_weighted_sum", clipped_noisy_weighted_sum},
-    {"fedavgm_weighted_update", fedavgm_weighted_update},
-    {"fedadagrad_weighted_update", fedadagrad_weighted_update},
-    {"fedadam_weighted_update", fedadam_weighted_update},
-    {"fedyogi_weighted_update", fedyogi_weighted_update},
-    {"topk_sparse_weighted_sum", topk_sparse_weighted_sum},
-    {"sparse_spread", sparse_spread},
-    {"sparse_dots", sparse_dots},
-    {"quantized_weighted_sum", quantized_weighted_sum},
-    {"quantized_dots", quantized_dots},
-    {"pairwise_squared_distances", pairwise_squared_distances},
-    {"mix_clients", mix_clients},
-    {"step_toward_clients", step_toward_clients},
-};
+#define FEDFUSE_NAMED(operation, Problem, read) {#operation, operation},
+constexpr NamedHandler kHandlers[] = {FEDFUSE_FOR_EACH_OPERATION(FEDFUSE_NAMED)};
 
 }  // namespace
 }  // namespace fedfuse

@@ -89,21 +89,16 @@ void spread_tile(const SpreadProblem& problem, const Tile& tile) {
   order_statistic_kernels(updates.type).spread(rows.data(), cotangent, rows.size(), tile.columns, ranks, kept.data());
 }
 
-template <typename Problem, typename RunTile>
-Work cut_tiles(std::shared_ptr<const Problem> problem, RunTile run_tile) {
-  const Tiles tiles(problem->shape, kColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = kPasses * stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles, run_tile](std::int64_t task) { run_tile(*problem, tiles[task]); };
-  return work;
+template <typename Problem>
+std::int64_t cost_of(const Problem& problem) {
+  return kPasses * stacked_bytes(problem.shape, problem.updates);
 }
 
 }  // namespace
 
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
-  return cut_tiles(problem, [](const TrimmedMeanProblem& problem, const Tile& tile) {
-    reduce_tile(problem, tile,
+  return cut_tiles(problem->shape, kColumns, cost_of(*problem), [problem](const Tile& tile) {
+    reduce_tile(*problem, tile,
                 [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
                   kernels.mean(rows.data(), rows.size(), tile.columns, ranks, out);
                 });
@@ -111,16 +106,19 @@ Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
-  return cut_tiles(problem, [](const SelectedMeanProblem& problem, const Tile& tile) {
+  return cut_tiles(problem->shape, kColumns, cost_of(*problem), [problem](const Tile& tile) {
     thread_local std::vector<void*> values;
-    gather_rows(problem.values[tile.leaf], problem.trim.where, problem.shape, tile, &values);
-    reduce_tile(problem, tile,
+    gather_rows(problem->values[tile.leaf], problem->trim.where, problem->shape, tile, &values);
+    reduce_tile(*problem, tile,
                 [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
                   kernels.selected_mean(rows.data(), values.data(), rows.size(), tile.columns, ranks, out);
                 });
   });
 }
 
-Work cut(std::shared_ptr<const SpreadProblem> problem) { return cut_tiles(problem, spread_tile); }
+Work cut(std::shared_ptr<const SpreadProblem> problem) {
+  return cut_tiles(problem->shape, kColumns, cost_of(*problem),
+                   [problem](const Tile& tile) { spread_tile(*problem, tile); });
+}
 
 }  // namespace fedfuse

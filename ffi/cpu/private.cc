@@ -82,11 +82,9 @@ void for_each_norm(const ClientNormsProblem& problem, Use use) {
 }
 
 Work cut_norms(std::shared_ptr<const ClientNormsProblem> problem, std::function<void()> finish) {
-  const Tiles tiles(problem->shape, kReductionBlock);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) { norm_tile(*problem, tiles[task]); };
+  const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
+  Work work =
+      cut_tiles(problem->shape, kReductionBlock, cost, [problem](const Tile& tile) { norm_tile(*problem, tile); });
   work.finish = std::move(finish);
   return work;
 }
@@ -194,19 +192,10 @@ void sum_tile(const PrivateSumProblem& problem, const Tile& tile) {
 }
 
 Work cut_sums(std::shared_ptr<const PrivateSumProblem> problem) {
-  const Tiles tiles(problem->shape, kSumColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
-    if (problem->updates[tile.leaf].type == Type::kFloat64) {
-      sum_tile<double>(*problem, tile);
-    } else {
-      sum_tile<float>(*problem, tile);
-    }
-  };
-  return work;
+  const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
+  return cut_tiles(problem->shape, kSumColumns, cost, [problem](const Tile& tile) {
+    with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { sum_tile<decltype(zero)>(*problem, tile); });
+  });
 }
 
 }  // namespace

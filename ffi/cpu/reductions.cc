@@ -83,23 +83,16 @@ void mark_finite(const FiniteClientsProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const ClientDotsProblem> problem) {
-  const Tiles tiles(problem->shape, kReductionBlock);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) { dot_tile(*problem, tiles[task]); };
+  Work work = cut_tiles(problem->shape, kReductionBlock, stacked_bytes(problem->shape, problem->updates),
+                        [problem](const Tile& tile) { dot_tile(*problem, tile); });
   work.finish = [problem] { add_partials(*problem); };
   return work;
 }
 
 Work cut(std::shared_ptr<const FiniteClientsProblem> problem) {
-  const Tiles tiles(problem->shape, kReductionBlock);
   std::fill_n(reinterpret_cast<bool*>(problem->finite.data), problem->shape.batch.count * problem->shape.clients, true);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = stacked_bytes(problem->shape, problem->updates);
-  work.run = [problem, tiles](std::int64_t task) { mark_finite(*problem, tiles[task]); };
-  return work;
+  return cut_tiles(problem->shape, kReductionBlock, stacked_bytes(problem->shape, problem->updates),
+                   [problem](const Tile& tile) { mark_finite(*problem, tile); });
 }
 
 }  // namespace fedfuse

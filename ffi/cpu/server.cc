@@ -90,24 +90,22 @@ Work cut(std::shared_ptr<const ServerUpdateProblem> problem) {
   };
   work.finish = [problem] { count_step(*problem); };
 
-  work.next = std::make_shared<Work>();
-  work.next->tasks = tiles.count();
+  std::int64_t cost = 0;
   for (std::size_t leaf = 0; leaf < problem->old.params.size(); ++leaf) {
     const std::int64_t bytes = bytes_of(problem->old.params[leaf].type) + 2 * bytes_of(problem->old.first[leaf].type);
-    work.next->cost += 2 * problem->shape.batch.count * problem->shape.coordinates[leaf] * bytes;
+    cost += 2 * problem->shape.batch.count * problem->shape.coordinates[leaf] * bytes;
   }
-  work.next->run = [problem, tiles](std::int64_t task) {
-    const Tile tile = tiles[task];
+  Work step = cut_tiles(problem->shape, kSumColumns, cost, [problem](const Tile& tile) {
     if (problem->accepted[tile.batch] == 0) {
       keep(problem->old.params[tile.leaf], problem->updated.params[tile.leaf], problem->shape, tile);
       keep(problem->old.first[tile.leaf], problem->updated.first[tile.leaf], problem->shape, tile);
       keep(problem->old.second[tile.leaf], problem->updated.second[tile.leaf], problem->shape, tile);
-    } else if (problem->old.first[tile.leaf].type == Type::kFloat64) {
-      step_tile<double>(*problem, tile);
     } else {
-      step_tile<float>(*problem, tile);
+      with_accumulator(problem->old.first[tile.leaf].type,
+                       [&](auto zero) { step_tile<decltype(zero)>(*problem, tile); });
     }
-  };
+  });
+  work.next = std::make_shared<Work>(std::move(step));
   return work;
 }
 

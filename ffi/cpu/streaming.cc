@@ -38,23 +38,16 @@ void stack_tile(const StackProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const AccumulateProblem> problem) {
-  const Tiles tiles(problem->shape, kColumns);
-  Work work;
-  work.tasks = tiles.count();
+  std::int64_t cost = 0;
   for (std::int64_t coordinates : problem->shape.coordinates) {
-    work.cost += problem->shape.batch.count * coordinates * (2 * sizeof(float) + sizeof(float));
+    cost += problem->shape.batch.count * coordinates * (2 * sizeof(float) + sizeof(float));
   }
-  work.run = [problem, tiles](std::int64_t task) { accumulate_tile(*problem, tiles[task]); };
-  return work;
+  return cut_tiles(problem->shape, kColumns, cost, [problem](const Tile& tile) { accumulate_tile(*problem, tile); });
 }
 
 Work cut(std::shared_ptr<const StackProblem> problem) {
-  const Tiles tiles(problem->shape, kColumns);
-  Work work;
-  work.tasks = tiles.count();
-  work.cost = 2 * stacked_bytes(problem->shape, problem->stacked);
-  work.run = [problem, tiles](std::int64_t task) { stack_tile(*problem, tiles[task]); };
-  return work;
+  return cut_tiles(problem->shape, kColumns, 2 * stacked_bytes(problem->shape, problem->stacked),
+                   [problem](const Tile& tile) { stack_tile(*problem, tile); });
 }
 
 }  // namespace fedfuse

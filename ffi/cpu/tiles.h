@@ -1,12 +1,14 @@
-// The one loop over batch, leaves and chunks of coordinates that the coordinate-wise operations share.
+// The one loop over batch, leaves and chunks of coordinates that the coordinate-wise operations share, as work.
 #ifndef FEDFUSE_CPU_TILES_H_
 #define FEDFUSE_CPU_TILES_H_
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "contract/buffers.h"
+#include "cpu/work.h"
 
 namespace fedfuse {
 
@@ -77,6 +79,27 @@ inline std::int64_t stacked_bytes(const Shape& shape, const std::vector<View>& l
     bytes += shape.batch.count * shape.clients * shape.coordinates[leaf] * bytes_of(leaves[leaf].type);
   }
   return bytes;
+}
+
+// Work of one task a tile: `run_tile(tile)`.
+template <typename RunTile>
+Work cut_tiles(const Shape& shape, std::int64_t chunk, std::int64_t cost, RunTile run_tile) {
+  const Tiles tiles(shape, chunk);
+  Work work;
+  work.tasks = tiles.count();
+  work.cost = cost;
+  work.run = [tiles, run_tile = std::move(run_tile)](std::int64_t task) { run_tile(tiles[task]); };
+  return work;
+}
+
+// Calls `run` with a zero of the type in which elements of `type` are added up.
+template <typename Run>
+void with_accumulator(Type type, const Run& run) {
+  if (accumulator_of(type) == Type::kFloat64) {
+    run(double());
+  } else {
+    run(float());
+  }
 }
 
 }  // namespace fedfuse
