@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import machine, measure, operations, report
+from benchmarks import machine, measure, operations, report, systems
 from benchmarks.operations import ROWS, Problem, Row
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results"
@@ -63,7 +63,7 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
         result |= {"rows": earlier["rows"], "overhead": earlier["overhead"]}
     for line in result["skipped"]:
         print(f"benchmarks: {line}")
-    has_torch = machine.is_importable("torch")
+    others = [*(["torch"] if machine.is_importable("torch") else []), *systems.installed()]
     for task in _with_progress([task for task in tasks(options, platform) if not _is_done(task, result)]):
         if task.problem is None:
             overhead = measure.measure_overhead(task.row, platform=platform, repetitions=options.repetitions)
@@ -75,7 +75,7 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
                 platform=platform,
                 repetitions=options.repetitions,
                 patience=options.patience,
-                has_torch=has_torch,
+                others=others,
             )
             result["rows"].append(measured)
         report.save(result, path)
@@ -84,7 +84,13 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
 
 def tasks(options: argparse.Namespace, platform: str) -> list[Task]:
     """Every measurement the options ask for, in the order of the table."""
-    chosen = [row for row in ROWS if not options.operations or {row.name, row.operation} & set(options.operations)]
+    here = systems.installed()
+    chosen = [
+        row
+        for row in ROWS
+        if not options.operations or {row.name, row.operation} & set(options.operations)
+        if not row.systems or row.systems.keys() & set(here)
+    ]
     measurements = [Task(row, problem) for row in chosen for problem in problems(row, options, platform)]
     return measurements + [Task(row, None) for row in chosen if not row.variant]
 
@@ -111,7 +117,13 @@ def output_path(folder: Path, result: report.Report) -> Path:
 
 
 def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
-    optional = {"torch": "no PyTorch column", "matplotlib": "no plot", "rich": "plain tables"}
+    optional = {
+        "torch": "no PyTorch column",
+        "byzfl": "no comparison with its rules",
+        "flwr": "no comparison with Flower's functions",
+        "matplotlib": "no plot",
+        "rich": "plain tables",
+    }
     return {
         "schema": report.SCHEMA,
         "date": datetime.date.today().isoformat(),
@@ -167,8 +179,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = sorted({row.operation for row in ROWS})
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times every operation against jax.numpy, NumPy and PyTorch in one process, and against what the "
-        "memory gives in the same run. Writes JSON and a plot, shows a table.",
+        description="Times every operation against jax.numpy, NumPy, PyTorch and other systems in one process, "
+        "and against what the memory gives in the same run. Writes JSON and a plot, shows a table.",
         epilog=f"operations: {', '.join(names)}",
     )
     parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, about a minute")

@@ -14,7 +14,7 @@ import jax
 
 from fedfuse_jax import _native
 
-PACKAGES = ("fedfuse-jax", "jax", "jaxlib", "numpy", "torch")
+PACKAGES = ("fedfuse-jax", "jax", "jaxlib", "numpy", "torch", "byzfl", "flwr")
 
 
 def installed(package: str) -> str | None:

@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,7 +100,7 @@ def _jax_contender(
     return Contender(name, partial(jax.jit(call), *arguments), jax.block_until_ready, answer)
 
 
-def _torch_contender(call: Callable[..., Any], arguments: tuple[Any, ...], platform: str) -> Contender:
+def _torch_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...], platform: str) -> Contender:
     import torch
 
     tensors = jax.tree.map(torch.from_dlpack, arguments)
@@ -111,13 +111,17 @@ def _torch_contender(call: Callable[..., Any], arguments: tuple[Any, ...], platf
         leaves = [leaf.float() if leaf.dtype == torch.bfloat16 else leaf for leaf in jax.tree.leaves(result)]
         return [leaf.cpu().numpy() for leaf in leaves]
 
-    return Contender("torch", partial(call, *tensors), wait, answer)
+    return Contender(name, partial(call, *tensors), wait, answer)
+
+
+def _numpy_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
+    return Contender(name, partial(call, *jax.tree.map(np.asarray, arguments)), answer=_arrays)
 
 
 def contenders(
-    row: Row, problem: Problem, arguments: tuple[Any, ...], platform: str, has_torch: bool
+    row: Row, problem: Problem, arguments: tuple[Any, ...], platform: str, others: Collection[str]
 ) -> list[Contender]:
-    """Everybody who computes ``row`` for ``problem``; ours is the first."""
+    """Everybody who computes ``row`` for ``problem``, ours first; of PyTorch and other systems those in ``others``."""
     if problem.leaves > 1:
         # A tree is only ever compared with our own time for one array: the peers would have to loop.
         tree = as_tree(problem, arguments)
@@ -136,9 +140,14 @@ def contenders(
     if row.best is not None:
         everybody.append(_jax_contender("jnp best", row.best, arguments))
     if row.numpy is not None and platform == "cpu":
-        everybody.append(Contender("numpy", partial(row.numpy, *jax.tree.map(np.asarray, arguments)), answer=_arrays))
-    if row.torch is not None and has_torch:
-        everybody.append(_torch_contender(row.torch, arguments, platform))
+        everybody.append(_numpy_contender("numpy", row.numpy, arguments))
+    if row.torch is not None and "torch" in others:
+        everybody.append(_torch_contender("torch", row.torch, arguments, platform))
+    for system in row.systems.keys() & set(others):
+        if system == "byzfl" and "torch" in others:
+            everybody.append(_torch_contender(system, row.systems[system], arguments, platform))
+        else:
+            everybody.append(_numpy_contender(system, row.systems[system], arguments))
     return everybody
 
 
@@ -285,12 +294,12 @@ def measure_row(
     platform: str = "cpu",
     repetitions: int = 11,
     patience: float = math.inf,
-    has_torch: bool = False,
+    others: Collection[str] = (),
     extra: Sequence[Contender] = (),
 ) -> dict[str, Any]:
     """Measures one row for one problem; the result is what the JSON file holds."""
     arguments = jax.block_until_ready(jax.jit(partial(row.arguments, problem))(jax.random.key(0)))
-    everybody = [*contenders(row, problem, arguments, platform, has_torch), *extra]
+    everybody = [*contenders(row, problem, arguments, platform, others), *extra]
     tolerance = TOLERANCE[problem.dtype]
 
     timings, answers, errors, written = {}, {}, {}, 0

@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 
 import fedfuse_jax as ff
-from benchmarks import forms
+from benchmarks import forms, systems
+from fedfuse_jax.compat import byzfl, flower
 
 OURS = "fedfuse"
 FLOOR = "floor"
@@ -90,7 +91,8 @@ class Row:
     """One operation, or one variant of it, and everything it is measured against.
 
     ``arguments`` makes the inputs, inside a jitted computation. All calls take exactly those: jax arrays for ours
-    and the two ``jnp`` forms (which are jitted here), NumPy arrays and tensors for the others.
+    and the two ``jnp`` forms (which are jitted here), NumPy arrays and tensors for the others; of other systems
+    ByzFL takes tensors where PyTorch is installed, Flower NumPy arrays.
     """
 
     operation: str
@@ -101,6 +103,7 @@ class Row:
     numpy: Callable[..., Any] | None = None
     torch: Callable[..., Any] | None = None
     references: Mapping[str, Reference] = field(default_factory=dict)
+    systems: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     variant: str = ""
     problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM)
     gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
@@ -386,12 +389,50 @@ _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16")
 
 
 _ROBUST_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**5))
+_SYSTEM_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**5))
 _DISTANCE_PROBLEMS = (Problem(32, 10**6), Problem(128, 10**5), Problem(1000, 10**4))
 
 
 def _num_byzantine(updates: Array) -> int:
     """A fifth, as the trimmed mean drops at either end."""
     return int(TRIM_FRACTION * len(updates))
+
+
+def _none(updates: Any) -> dict[str, Any]:
+    return {}
+
+
+def _some_byzantine(updates: Any) -> dict[str, Any]:
+    return {"f": _num_byzantine(updates)}
+
+
+def _num_honest(updates: Any) -> int:
+    return len(updates) - _num_byzantine(updates)
+
+
+def _few_byzantine(updates: Any) -> int:
+    """As many as Bulyan bears: it needs 4 f + 3 clients."""
+    return (len(updates) - 3) // 4
+
+
+def _as_in(system: str, operation: str, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Row:
+    """A rule as another system has it, by our module of its conventions, against that system."""
+    return Row(
+        operation,
+        _updates_only,
+        ours,
+        systems={system: theirs},
+        variant=f"as in {system}",
+        problems=_SYSTEM_PROBLEMS,
+        gpu_problems=(),
+    )
+
+
+def _as_in_byzfl(operation: str, name: str, options: Callable[[Any], Mapping[str, Any]] = _none) -> Row:
+    def ours(updates: Any) -> Any:
+        return getattr(byzfl, name)(**options(updates))(updates)
+
+    return _as_in("byzfl", operation, ours, systems.byzfl_rule(name, options))
 
 
 def _natural_sum(updates: Array, weights: Array) -> Array:
@@ -766,5 +807,44 @@ ROWS: tuple[Row, ...] = (
         natural=forms.natural_inverse_rotation,
         problems=(Problem(1, 10**6),),
         gpu_problems=(Problem(1, 10**6),),
+    ),
+    _as_in_byzfl("coordinate_median", "Median"),
+    _as_in_byzfl("trimmed_mean", "TrMean", _some_byzantine),
+    _as_in_byzfl("mean_around_median", "Meamed", _some_byzantine),
+    _as_in_byzfl("krum", "Krum", _some_byzantine),
+    _as_in_byzfl("multi_krum", "MultiKrum", _some_byzantine),
+    _as_in_byzfl("geometric_median", "GeometricMedian"),
+    _as_in(
+        "byzfl",
+        "centered_clipping",
+        lambda updates: ff.centered_clipping(updates, jnp.zeros(updates.shape[1]), 100.0),
+        systems.byzfl_rule("CenteredClipping", _none),
+    ),
+    _as_in_byzfl("nearest_neighbor_mixing", "NNM", _some_byzantine),
+    _as_in(
+        "flower",
+        "coordinate_median",
+        flower.FedMedian(),
+        systems.flower_function("aggregate_median"),
+    ),
+    _as_in(
+        "flower",
+        "trimmed_mean",
+        flower.FedTrimmedAvg(TRIM_FRACTION),
+        systems.flower_function("aggregate_trimmed_avg", lambda updates: TRIM_FRACTION),
+    ),
+    _as_in(
+        "flower",
+        "multi_krum",
+        lambda updates: flower.MultiKrum(_num_byzantine(updates), len(updates) - _num_byzantine(updates))(updates),
+        systems.flower_function(
+            "aggregate_krum", _num_byzantine, lambda updates: len(updates) - _num_byzantine(updates)
+        ),
+    ),
+    _as_in(
+        "flower",
+        "bulyan",
+        lambda updates: flower.LegacyBulyan(_few_byzantine(updates))(updates),
+        systems.flower_function("aggregate_bulyan", _few_byzantine, rule="aggregate_krum", to_keep=0),
     ),
 )

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
+from benchmarks.systems import SYSTEMS
 
 Report = dict[str, Any]
 
 SCHEMA = 1
 COLUMNS = ("operation", "clients x parameters", "ms", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
+SYSTEM_COLUMNS = ("rule", "clients x parameters", "ms", *(f"vs {system}" for system in SYSTEMS))
 _SIGNS = {True: "met", False: "missed", None: "open"}
 
 
@@ -119,12 +121,24 @@ def tree_cells(report: Report) -> list[list[str]]:
     ]
 
 
+def is_of_a_system(row: Mapping[str, Any]) -> bool:
+    """Whether a row compares with another system, by that system's conventions."""
+    return any(row["row"].endswith(f"/as in {system}") for system in SYSTEMS)
+
+
+def system_cells(report: Report) -> list[list[str]]:
+    """Other systems' rules, beside ours that mean the same."""
+    return [
+        [*cells(row)[:3], *(_ratio(row, system) for system in SYSTEMS)] for row in report["rows"] if is_of_a_system(row)
+    ]
+
+
 def markdown(report: Report) -> str:
     """The tables that README and docs embed, so that no figure is ever typed."""
     rows = [
         [*cells(row), ", ".join(f"{words}: {_SIGNS[met]}" for words, met in goal_words(row)) or "-"]
         for row in report["rows"]
-        if row["leaves"] == 1
+        if row["leaves"] == 1 and not is_of_a_system(row)
     ]
     parts = [
         f"*{_headline(report)}*",
@@ -133,6 +147,8 @@ def markdown(report: Report) -> str:
         f"{report['options']['repetitions']} interleaved repetitions.",
         markdown_table(COLUMNS, rows),
     ]
+    if others := system_cells(report):
+        parts.append(markdown_table(SYSTEM_COLUMNS, others))
     if trees := tree_cells(report):
         parts.append(markdown_table(["operation", "a tree", "time over one array's"], trees))
     if report["overhead"]:
@@ -160,10 +176,14 @@ def show(report: Report) -> None:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("operation", "goals", COLUMNS[1]) else "right")
     for row in report["rows"]:
+        if is_of_a_system(row):
+            continue
         goals = Text("\n").join(Text(words, colors[met]) for words, met in goal_words(row))
         style = None if row["conclusive"] else "dim italic"
         table.add_row(*cells(row), goals, style=style)
     console.print(table)
+    if others := system_cells(report):
+        _show_plain(console, Table(title="Other systems' rules"), SYSTEM_COLUMNS, others)
     if trees := tree_cells(report):
         _show_plain(
             console, Table(title="A tree of many leaves"), ["operation", "a tree", "time over one array's"], trees

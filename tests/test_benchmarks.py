@@ -14,7 +14,7 @@ import pytest
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
-from benchmarks import forms, measure, operations, report
+from benchmarks import forms, measure, operations, report, systems
 from benchmarks.operations import FLOOR, OURS, ROWS, Problem
 from fedfuse_jax import _primitive
 
@@ -67,8 +67,19 @@ def test_all_contenders_agree(row: operations.Row, problem: Problem) -> None:
 def test_torch_forms_agree() -> None:
     pytest.importorskip("torch")
     for row in ROWS:
-        measured = measure.measure_row(row, TINY, repetitions=1, has_torch=True)
+        measured = measure.measure_row(row, TINY, repetitions=1, others=["torch"])
         assert measured["errors"] == {}, row.name
+
+
+def test_other_systems_agree() -> None:
+    if set(systems.installed()) != set(systems.SYSTEMS):
+        pytest.skip("byzfl or flwr is not installed")
+    compared = [row for row in operations.ROWS if row.systems]
+    for row in compared:
+        measured = measure.measure_row(row, operations.Problem(7, 300), repetitions=1, others=systems.installed())
+        assert measured["errors"] == {}, row.name
+        assert row.systems.keys() <= measured["ratios"].keys()
+    assert {system for row in compared for system in row.systems} == set(systems.SYSTEMS)
 
 
 def test_goals_are_about_contenders_that_run() -> None:

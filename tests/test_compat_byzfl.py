@@ -1,14 +1,11 @@
 """`fedfuse_jax.compat.byzfl` against the installed `byzfl`, on hundreds of random cases a rule.
 
-Needs `byzfl` and SciPy (`pip install --no-deps byzfl` is enough: its import of the rest, PyTorch included, is avoided).
+Needs `byzfl` and SciPy; `pip install --no-deps byzfl` is enough.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-import types
 
 import jax
 import numpy as np
@@ -26,33 +23,13 @@ from compat_cases import (
     squared_distances,
 )
 
+from benchmarks.systems import load_byzfl
 from fedfuse_jax.compat import _selection
 from fedfuse_jax.compat import byzfl as ours
 
 pytest.importorskip("scipy")
 if importlib.util.find_spec("byzfl") is None:
     pytest.skip("byzfl is not installed", allow_module_level=True)
-
-
-def load_byzfl() -> types.SimpleNamespace:
-    """ByzFL's rules alone. Importing all of it needs torchvision, seaborn and more; on NumPy arrays its rules need
-    PyTorch only to ask whether something is a tensor."""
-    package = types.ModuleType("byzfl")
-    package.__path__ = list(importlib.util.find_spec("byzfl").submodule_search_locations)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "byzfl", package)
-        if importlib.util.find_spec("torch") is None:
-            torch = types.ModuleType("torch")
-            torch.Tensor, torch.linalg = type("Tensor", (), {}), types.ModuleType("torch.linalg")
-            patch.setitem(sys.modules, "torch", torch)
-            patch.setitem(sys.modules, "torch.linalg", torch.linalg)
-        rules = {}
-        for module in ("aggregators", "preaggregators"):
-            rules |= vars(importlib.import_module(f"byzfl.aggregators.{module}"))
-        for name in [name for name in sys.modules if name.startswith("byzfl.")]:
-            patch.delitem(sys.modules, name)
-    return types.SimpleNamespace(**rules)
-
 
 theirs = load_byzfl()
 
