@@ -33,8 +33,10 @@ differences, client − server, there are `fedfuse_jax.fedadam_weighted_update` 
 Flower's objects keep parameters, moments and the number of the round in themselves. Here they come in and go out, so
 that the call may be jitted, its buffers donated, and the state saved. A round that is empty (`models` is an empty list,
 or the numbers of examples sum to 0), or whose Δ has a NaN or an infinity anywhere, changes nothing, state and round
-included; there, no reply changes nothing either, but one client's NaN stays in the model and the moments for good. Left
-out are the arguments that say whom to sample and where in a message to look.
+included; there, no reply changes nothing either, but one client's NaN stays in the model and the moments for good.
+Inside your own `shard_map`, which may hide it from some devices, use the operations named above and their `axis_name`.
+
+Left out are the arguments that say whom to sample and where in a message to look.
 """
 
 from fedfuse_jax.compat.flower.aggregators import (

@@ -111,8 +111,8 @@ class FedAvgM(_ServerOptimizer):
 
     Notes:
         *As in Flower*: m has no factor 1 − β, and is Δ after the first round. By default this is `FedAvg`.
-        *Unlike Flower*: a negative β is refused, where Flower leaves momentum out; the parameters are those handed in,
-        where Flower keeps its own from the first round on.
+        *Unlike Flower*: a round that is empty or not finite changes nothing. A negative β is refused, where Flower
+        leaves momentum out; the parameters are those handed in, where Flower keeps its own from the first round on.
     """
 
     server_learning_rate: float = 1.0
@@ -158,8 +158,8 @@ class FedAdagrad(_ServerOptimizer):
         Reddi et al. 2021, https://arxiv.org/abs/2003.00295; `flwr.serverapp.strategy.FedAdagrad`.
 
     Notes:
-        *As in Flower*: v begins at 0, where `fedfuse_jax.fedadagrad_weighted_update` begins at τ², as the paper does.
-        *Unlike Flower*: moments are float32 for low precision.
+        *As in Flower*: v begins at 0, where `fedfuse_jax.fedadagrad_weighted_update` begins at τ².
+        *Unlike Flower*: a round that is empty or not finite changes nothing; moments are float32 for low precision.
     """
 
     eta: float = 1e-1
@@ -211,8 +211,8 @@ class FedAdam(_ServerOptimizer):
 
     Notes:
         *As in Flower*: the correction is Adam's, of the step, but of round t + 1; τ outside the root, uncorrected.
-        *Unlike Flower*: t counts the rounds that moved the parameters, as the moments do; there, a round without
-        replies counts as well. Arrays keep their dtypes; there, they become float64.
+        *Unlike Flower*: a round that is empty or not finite changes nothing, t included, which there counts rounds
+        without replies as well. Arrays keep their dtypes; there, they become float64.
     """
 
     eta: float = 1e-1
@@ -273,9 +273,9 @@ class FedYogi(_ServerOptimizer):
         Reddi et al. 2021, https://arxiv.org/abs/2003.00295; `flwr.serverapp.strategy.FedYogi`.
 
     Notes:
-        *As in Flower*: no bias correction; m and v begin at 0, where `fedfuse_jax.fedyogi_weighted_update` begins v at
-        τ², as the paper does; and of the defaults, η and the clients' rate are the paper's for one of its tasks.
-        *Unlike Flower*: moments are float32 for low precision.
+        *As in Flower*: no bias correction; v begins at 0, where `fedfuse_jax.fedyogi_weighted_update` begins at τ²; the
+        default of η is a tenth of FedAdam's.
+        *Unlike Flower*: a round that is empty or not finite changes nothing; moments are float32 for low precision.
     """
 
     eta: float = 1e-2
