@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,9 +71,9 @@ def float_leaves(operation: str, argument: str, tree: PyTree) -> Leaves:
     return Leaves(arrays, paths, treedef)
 
 
-def client_stacked(operation: str, updates: PyTree) -> tuple[Leaves, Any]:
+def client_stacked(operation: str, updates: PyTree, argument: str = "updates") -> tuple[Leaves, Any]:
     """The leaves of client-stacked updates, and the number of clients they agree on."""
-    leaves = float_leaves(operation, "updates", updates)
+    leaves = float_leaves(operation, argument, updates)
     for array, path in zip(leaves.arrays, leaves.paths, strict=True):
         if array.ndim == 0:
             raise ValueError(f"{operation}: {path} is a scalar; it needs a leading client axis.")
@@ -83,7 +84,27 @@ def client_stacked(operation: str, updates: PyTree) -> tuple[Leaves, Any]:
             )
     n_clients = leaves.arrays[0].shape[0]
     if n_clients == 0:
-        raise ValueError(f"{operation}: updates has no clients ({describe(leaves.arrays[0])}); it needs one at least.")
+        raise ValueError(
+            f"{operation}: {argument} has no clients ({describe(leaves.arrays[0])}); it needs one at least."
+        )
+    return leaves, n_clients
+
+
+def client_stacked_like(
+    operation: str, updates: PyTree, params: Leaves, argument: str = "updates"
+) -> tuple[Leaves, Any]:
+    """Client-stacked updates of ``params``: of the same structure, and of their shapes behind the clients."""
+    leaves, n_clients = client_stacked(operation, updates, argument)
+    if leaves.treedef != params.treedef:
+        raise ValueError(
+            f"{operation}: {argument} has the structure {leaves.treedef}; it needs that of params, {params.treedef}."
+        )
+    for array, param, path in zip(leaves.arrays, params.arrays, leaves.paths, strict=True):
+        if array.shape[1:] != param.shape:
+            needed = f"({n_clients}, {', '.join(map(str, param.shape))})"
+            raise ValueError(
+                f"{operation}: {path} has shape {array.shape}; it needs params' behind the clients, {needed}."
+            )
     return leaves, n_clients
 
 
@@ -109,13 +130,18 @@ def real_scalar(operation: str, argument: str, value: Any, dtype: Any) -> Array:
 
 
 def bounded_scalar(
-    operation: str, argument: str, value: Any, dtype: Any, *, least: float = 0.0, most: float = float("inf")
+    operation: str, argument: str, value: Any, dtype: Any, *, least: float = 0.0, most: float = math.inf
 ) -> Array:
     """A real scalar; a Python number has to lie in the range, a traced one is whatever it will be."""
-    if isinstance(value, int | float | np.integer | np.floating) and not least <= value <= most:
-        bounds = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-        raise ValueError(f"{operation}: {argument} is {value}; it needs to be {bounds}.")
+    if isinstance(value, int | float | np.integer | np.floating):
+        _check_range(operation, argument, value, least, most)
     return real_scalar(operation, argument, value, dtype)
+
+
+def _check_range(operation: str, argument: str, value: Any, least: float, most: float) -> None:
+    if not least <= value <= most:
+        bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{operation}: {argument} is {value}; it needs to be {bounds}.")
 
 
 def random_key(operation: str, key: Any) -> Array:
@@ -173,6 +199,14 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least {minimum}.")
     return int(value)
+
+
+def python_number(operation: str, argument: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """A Python or NumPy number in the range; traced values are refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs a Python number.")
+    _check_range(operation, argument, value, least, most)
+    return float(value)
 
 
 def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Array:

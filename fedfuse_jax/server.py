@@ -375,13 +375,7 @@ def _update(
     name = operation.name
     old = checks.float_leaves(name, "params", params)
     step, moments = _check_state(name, state, old)
-    new, n_clients = checks.client_stacked(name, updates)
-    if new.treedef != old.treedef:
-        raise ValueError(f"{name}: updates has the structure {new.treedef}; it needs that of params, {old.treedef}.")
-    for leaf, param, path in zip(new.arrays, old.arrays, new.paths, strict=True):
-        if leaf.shape[1:] != param.shape:
-            needed = f"({n_clients}, {', '.join(map(str, param.shape))})"
-            raise ValueError(f"{name}: {path} has shape {leaf.shape}; it needs params' behind the clients, {needed}.")
+    new, n_clients = checks.client_stacked_like(name, updates, old)
     weight_dtype = checks.tree_accumulator(new.arrays)
     if weights is None:
         weights = jnp.ones((n_clients,), weight_dtype)

@@ -189,6 +189,14 @@ def test_flower_keeps_dtypes(rule, expected):
     assert [array.dtype for array in got] == [np.float64, np.float16]
 
 
+def test_flower_fed_avg():
+    updates = {"w": jnp.array([[1.0], [2.0], [6.0]]), "low": jnp.array([1.0, 2.0, 6.0], jnp.float16)}
+    got = flower.FedAvg()(updates, [20, 20, 10])
+    np.testing.assert_allclose([got["w"][0], got["low"]], 2.4, rtol=1e-3)
+    assert got["low"].dtype == jnp.float16
+    assert np.isnan(flower.FedAvg()(VALUES))
+
+
 def test_flower_without_examples_counts_alike():
     np.testing.assert_allclose(flower.MultiKrum(1, 2)(VALUES), 1.75)
 

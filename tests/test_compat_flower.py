@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 from compat_cases import (
+    GAP,
+    KINDS,
     SHAPES,
     assert_near,
     clear_coordinates,
@@ -23,10 +26,11 @@ from compat_cases import (
 
 from fedfuse_jax.compat import _selection
 from fedfuse_jax.compat import flower as ours
+from fedfuse_jax.compat.flower import aggregators
 
 pytest.importorskip("flwr")
 
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.server.strategy import aggregate as legacy
 from flwr.serverapp import strategy as theirs
 
@@ -56,23 +60,27 @@ def as_trees(matrices):
     return {"a": matrices[..., :cut], "b": matrices[..., cut:]}
 
 
+def record(row):
+    """A model as Flower sends it: two arrays."""
+    return ArrayRecord({name: Array(array) for name, array in as_trees(row).items()})
+
+
 def replies(x):
-    """What clients send to Flower: two arrays each, and their number of examples."""
-    contents = []
-    for row, count in zip(x, examples(len(x)), strict=True):
-        arrays = ArrayRecord({name: Array(array) for name, array in as_trees(row).items()})
-        contents.append(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": int(count)})}))
-    return contents
+    """What clients send to Flower: a model each, and their number of examples."""
+    return [
+        RecordDict({"arrays": record(row), "metrics": MetricRecord({"num-examples": int(count)})})
+        for row, count in zip(x, examples(len(x)), strict=True)
+    ]
 
 
-def aggregate(strategy, x):
+def aggregate(strategy, x, server_round=1):
     """Theirs, through the strategy itself; what it knows of messages is put aside."""
     messages = [types.SimpleNamespace(content=content) for content in replies(x)]
     strategy._check_and_log_replies = lambda replies, is_train: (messages, [])
     with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("gc.collect", lambda: 0)  # which Bulyan does once a client
-        arrays, _ = strategy.aggregate_train(1, messages)
-    return np.concatenate([array.numpy().ravel() for array in arrays.values()])
+        arrays, _ = strategy.aggregate_train(server_round, messages)
+    return None if arrays is None else np.concatenate([array.numpy().ravel() for array in arrays.values()])
 
 
 def results_of(x):
@@ -81,6 +89,14 @@ def results_of(x):
 
 
 # --- Coordinate by coordinate -----------------------------------------------------------------------------------
+
+
+@every_shape
+def test_mean(n, d):
+    for f in bounds(n):
+        cases = draw(n, d, f, seed=20, rounds=2)
+        for got, x in zip(many(ours.FedAvg(), cases), cases.matrices, strict=True):
+            assert_near(got, aggregate(theirs.FedAvg(), x.astype(np.float64)), x)  # NaN included
 
 
 @every_shape
@@ -105,7 +121,7 @@ def test_trimmed_mean(n, d, beta):
 
 def selected_by(rule, cases, count):
     def selected(tree):
-        return _selection.lowest(ours._scores(rule, tree), count)
+        return _selection.lowest(aggregators._scores(rule, tree), count)
 
     return np.asarray(jax.jit(jax.vmap(selected))(as_trees(cases.matrices)))
 
@@ -214,3 +230,157 @@ def test_the_two_bulyans_differ():
     one, other = many(ours.Bulyan(2), cases), many(ours.LegacyBulyan(2), cases)
     plain = [index for index, kind in enumerate(cases.kinds) if kind == "plain"]
     assert np.mean([not np.allclose(one[index], other[index]) for index in plain]) > 0.5
+
+
+# --- Server optimizers --------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    ("FedAvgM", {}),
+    ("FedAvgM", {"server_learning_rate": 0.3}),
+    ("FedAvgM", {"server_momentum": 0.9}),
+    ("FedAvgM", {"server_learning_rate": 0.5, "server_momentum": 0.5}),
+    ("FedAdagrad", {}),
+    ("FedAdagrad", {"eta": 0.01, "tau": 1e-2}),
+    ("FedAdagrad", {"eta": 1.0, "eta_l": 3.0, "tau": 0.5}),
+    ("FedAdam", {}),
+    ("FedAdam", {"beta_1": 0.0, "beta_2": 0.0}),
+    ("FedAdam", {"eta": 0.02, "beta_1": 0.5, "beta_2": 0.9, "tau": 1e-2}),
+    ("FedAdam", {"eta": 1.0, "eta_l": 3.0, "beta_1": 0.99, "beta_2": 0.999, "tau": 0.1}),
+    ("FedYogi", {}),
+    ("FedYogi", {"eta": 0.1, "beta_1": 0.0, "beta_2": 0.5}),
+    ("FedYogi", {"eta": 0.5, "eta_l": 3.0, "beta_1": 0.99, "beta_2": 0.999, "tau": 0.1}),
+]
+every_setting = pytest.mark.parametrize(("name", "arguments"), SETTINGS, ids=str)
+OPTIMIZERS = sorted({name for name, _ in SETTINGS})
+ROUNDS = 5
+some_shapes = pytest.mark.parametrize(("n", "d"), [(1, 3), (4, 17), (20, 333)], ids=str)
+
+
+def ours_over_rounds(strategy, start, rounds):
+    """The parameters after every round of every case: ``start`` is (cases, d), ``rounds`` (cases, rounds, n, d)."""
+
+    def play(params, rounds):
+        def step(carry, models):
+            carry = strategy(*carry, models, examples(rounds["a"].shape[1]))
+            return carry, carry[0]
+
+        return jax.lax.scan(step, (params, strategy.init(params)), rounds)[1]
+
+    results = jax.jit(jax.vmap(play))(as_trees(start), as_trees(rounds))
+    return np.concatenate([np.asarray(results["a"]), np.asarray(results["b"])], axis=-1)
+
+
+def flowers(name, arguments):
+    return getattr(theirs, name)(fraction_train=0.0, **arguments)  # so that there is nobody to ask for clients
+
+
+def theirs_over_rounds(strategy, start, rounds):
+    """The same of one case; and in which coordinates Yogi's sign was clear in every round so far."""
+    arrays, clear = start, np.ones(start.shape, bool)
+    for server_round, models in enumerate(rounds, 1):
+        strategy.configure_train(server_round, record(arrays), ConfigRecord(), None)
+        if isinstance(strategy, theirs.FedYogi):
+            square = (np.average(models, axis=0, weights=examples(len(models))) - arrays) ** 2
+            second = np.concatenate(list(strategy.v_t.values())) if strategy.v_t else np.zeros_like(square)
+            clear = clear & ((second == 0) | (abs(second - square) > GAP * second))
+        arrays = aggregate(strategy, models, server_round)
+        yield arrays, clear
+
+
+def compare(name, arguments, start, rounds, rtol):
+    compared = []
+    for got, params, models in zip(
+        ours_over_rounds(getattr(ours, name)(**arguments), start, rounds), start, rounds, strict=True
+    ):
+        scale = max(1.0, abs(models).max())
+        expected = theirs_over_rounds(flowers(name, arguments), params.astype(float), models.astype(float))
+        for after, (wanted, clear) in zip(got, expected, strict=True):
+            np.testing.assert_allclose(after[clear], wanted[clear], rtol=rtol, atol=rtol * scale)
+            compared.append(clear.mean())
+    assert np.mean(compared) > 0.99
+
+
+@some_shapes
+@every_setting
+def test_optimizer(name, arguments, n, d):
+    """In float64, on models of every kind.
+
+    Where Δ is small against τ, a step magnifies its rounding by η / τ, up to a hundredfold, in every round anew: in
+    float32 there would be nothing left to compare.
+    """
+    cases = [draw(n, d, (n - 1) // 2, seed=seed, rounds=ROUNDS) for seed in (28, 29)]
+    good = KINDS[: KINDS.index("nan")]
+    with jax.enable_x64():
+        rounds = np.concatenate(
+            [[case.matrices[[k == kind for k in case.kinds]] for kind in good] for case in cases]
+        ).astype(np.float64)
+        start = np.random.default_rng(30).normal(size=(len(rounds), d))
+        compare(name, arguments, start, rounds, rtol=1e-11)
+
+
+@some_shapes
+@every_setting
+def test_optimizer_in_float32(name, arguments, n, d):
+    """Where clients agree on a direction, so that a step does not magnify rounding.
+
+    What is left is that of means and products, and that of the betas: float32 has 1 − 0.999 to 2e-5.
+    """
+    generator = np.random.default_rng([31, n, d])
+    start = generator.normal(size=(10, d)).astype(np.float32)
+    away = generator.choice([-1, 1], (10, d)) * generator.uniform(2, 4, (10, d))
+    rounds = start[:, None, None] + away[:, None, None] * generator.uniform(0.9, 1.1, (10, ROUNDS, n, d))
+    compare(name, arguments, start, rounds.astype(np.float32), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_round_without_replies(name):
+    """Nothing changes, there as here; but there it counts."""
+    x = np.random.default_rng(32).normal(size=(2, 4, 7))
+    strategy, start = flowers(name, {}), np.zeros(7)
+    with jax.enable_x64():
+        mine = getattr(ours, name)()
+        params, state, skipping = [start], mine.init([start]), start
+        for server_round, models in enumerate((x[0], [], x[1]), 1):
+            strategy.configure_train(server_round, record(skipping), ConfigRecord(), None)
+            arrays = aggregate(strategy, models, server_round)
+            skipping = skipping if arrays is None else arrays
+            params, state = mine(params, state, [[row] for row in models], examples(len(models)))
+    assert int(state.step) == 2
+    assert np.allclose(params[0], skipping, rtol=1e-9) == (name != "FedAdam")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_nan_client_is_not_for_good(name):
+    """The difference that the docstrings speak of."""
+    x = np.random.default_rng(33).normal(size=(3, 4, 7))
+    x[1, 2, 5] = np.nan
+    momentum = {"server_momentum": 0.9} if name == "FedAvgM" else {}
+    start = np.zeros((1, 7))
+    *_, (poisoned, _) = theirs_over_rounds(flowers(name, momentum), start[0], x)
+    assert np.isnan(poisoned[5])
+    with jax.enable_x64():
+        got = ours_over_rounds(getattr(ours, name)(**momentum), start, x[None])[0]
+    (first, _), (second, _) = theirs_over_rounds(flowers(name, momentum), start[0], x[[0, 2]])
+    np.testing.assert_allclose(got, [first, first, second], rtol=1e-9)
+
+
+def test_fed_adam_becomes_float64_there():
+    x = np.random.default_rng(34).normal(size=(4, 7)).astype(np.float32)
+    for name in OPTIMIZERS:
+        ((params, _),) = theirs_over_rounds(flowers(name, {}), x[0], x[None])
+        assert params.dtype == (np.float64 if name == "FedAdam" else np.float32)
+        mine = getattr(ours, name)()
+        assert mine([x[0]], mine.init([x[0]]), [[row] for row in x])[0][0].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["FedAvg", *OPTIMIZERS, "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
+def test_arguments_are_flowers(name):
+    """The names and the defaults, but for what all its strategies have: whom to sample, and where to look."""
+
+    def defaults(strategy):
+        parameters = inspect.signature(strategy).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    known = defaults(getattr(ours, name))
+    assert known == {key: value for key, value in defaults(getattr(theirs, name)).items() if key in known}
+    assert set(known) | set(defaults(theirs.FedAvg)) == set(defaults(getattr(theirs, name)))

@@ -44,6 +44,7 @@ NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counte
 ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
 ROUNDS = ("tests/test_server.py",)
 FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
+COMPAT_OPTIMIZERS = ("tests/test_compat_optimizers.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -100,7 +101,8 @@ CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
 EXECUTOR = "ffi/cpu/executor.cc"
 PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
-SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
+SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower/aggregators.py"
+FLOWER_SERVER, FORMS = "fedfuse_jax/compat/flower/optimizers.py", "fedfuse_jax/compat/flower/_forms.py"
 BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
 
 MUTANTS = (
@@ -426,6 +428,26 @@ MUTANTS = (
            "neighbor_scores(updates, f, n - f - 2)", "no neighbour where Flower has one", COMPAT),
     Mutant(ADAPTERS, FLOWER, "where=lowest(_scores(self, updates), n - 2 * f)", "where=None",
            "Bulyan without a selection", COMPAT),
+    Mutant(ADAPTERS, FLOWER, "return weighted_mean(updates, num_examples)", "return weighted_mean(updates)",
+           "FedAvg counts everybody alike", COMPAT),
+    Mutant(ADAPTERS, FORMS, "np.asarray(a).astype(np.asarray(like).dtype)", "np.asarray(a)",
+           "lists of arrays come back in float32", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "init_server_state(params, tau=0.0)", "init_server_state(params)",
+           "the paper's second moment, not Flower's", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "jnp.expm1((step + 2)", "jnp.expm1((step + 1)",
+           "Adam's own bias correction, not Flower's", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "-jnp.expm1((step + 2) * jnp.log(beta))", "1 - beta ** (step + 2)",
+           "the bias correction cancels", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "weighted_mean(sent.arrays, num_examples)", "weighted_mean(sent.arrays)",
+           "a server optimizer counts everybody alike", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "[(mean - param)[None] for", "[mean[None] for",
+           "models are taken for differences", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "if isinstance(models, list) and not models:", "if False:",
+           "a round without replies is an error", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, FLOWER_SERVER, "(params, state, delta, learning_rate=self.eta, **betas, tau=self.tau)",
+           "(params, state, delta, learning_rate=self.eta, **betas)", "FedYogi's tau is not used", COMPAT_OPTIMIZERS),
+    Mutant(ADAPTERS, "fedfuse_jax/_checks.py", "if array.shape[1:] != param.shape:", "if False:",
+           "models of another shape are spread over the parameters", COMPAT_OPTIMIZERS),
     # --- Compressed updates: definitions ------------------------------------------------------------------------
     Mutant(COMPRESSED, REFERENCE, "targets = jnp.where(_heard(indices, num_params, where), indices, num_params)",
            "targets = indices", "a negative index counts from the end", DEFINITIONS),

@@ -1,20 +1,4 @@
-"""Flower's robust strategies (1.41): their names, arguments and conventions, computed by ours.
-
-    >>> import numpy as np
-    >>> from fedfuse_jax.compat import flower
-    >>> clients = [[np.full(2, value, np.float32)] for value in (1.0, 2.0, 3.0, np.nan)]
-    >>> flower.FedMedian()(clients)
-    [array([2.5, 2.5], dtype=float32)]
-
-Every rule is called as `rule(updates, num_examples)`. `updates` are client-stacked: a pytree whose every leaf has the
-shape `(n_clients, ...)`; or, as Flower has them, a list of one list of arrays per client (its `NDArrays`), and then a
-list of NumPy arrays comes back. A list of lists is always read the second way. `num_examples` are the clients' numbers
-of examples; `None`: they count alike. Every array keeps its dtype, rounded once. On pytrees of JAX arrays the rules
-work under `jit` and `vmap`, and a rule may be a static argument: equal ones are equal.
-
-Everywhere, a client with NaN or infinities is one bad client: it is infinitely far from the others, NaN is the greatest
-of values, and the result is NaN only where more clients are bad than the rule can bear.
-"""
+"""The strategies that only aggregate: `rule(updates, num_examples)`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from fedfuse_jax import _checks as checks
-from fedfuse_jax import bulyan, coordinate_median, mean_around_median, stack_clients, trimmed_mean
+from fedfuse_jax import bulyan, coordinate_median, mean_around_median, stack_clients, trimmed_mean, weighted_mean
 from fedfuse_jax.compat._selection import lowest, mean_of_lowest, neighbor_scores, num_clients
-
-__all__ = ["Bulyan", "FedMedian", "FedTrimmedAvg", "Krum", "LegacyBulyan", "MultiKrum"]
+from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arrays
 
 PyTree = Any
 
@@ -41,9 +23,8 @@ class _Strategy:
     def __call__(self, updates: PyTree, num_examples: Any = None) -> PyTree:
         if num_examples is not None:
             num_examples = jnp.asarray(num_examples)
-        if isinstance(updates, list) and updates and all(isinstance(client, list) for client in updates):
-            arrays = _compiled(self, stack_clients(updates), num_examples)
-            return [np.asarray(a).astype(like.dtype) for a, like in zip(arrays, updates[0], strict=True)]
+        if are_lists_of_arrays(updates):
+            return as_list_of_arrays(_compiled(self, stack_clients(updates), num_examples), updates[0])
         aggregated = _compiled(self, updates, num_examples)
         return jax.tree.map(lambda leaf, like: leaf.astype(jnp.result_type(like)), aggregated, updates)
 
@@ -55,6 +36,33 @@ class _Strategy:
 def _compiled(strategy: _Strategy, updates: PyTree, num_examples: Any) -> PyTree:
     """Equal strategies are equal, so that each compiles once for updates of one shape."""
     return strategy._aggregate(updates, num_examples)
+
+
+@dataclass(frozen=True)
+class FedAvg(_Strategy):
+    r"""The weighted mean.
+
+    .. math:: y = \sum_i w_i x_i \Big/ \sum_i w_i
+
+    Here w are the numbers of examples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedfuse_jax.compat import flower
+        >>> print(flower.FedAvg()({"w": jnp.array([1.0, 2.0, 6.0])}, [20, 20, 10])["w"])
+        2.4
+
+    Source:
+        McMahan et al. 2017, https://arxiv.org/abs/1602.05629; `flwr.serverapp.strategy.FedAvg`.
+
+    Notes:
+        *As in Flower*: it bears no bad client; one NaN is in the mean.
+        *Unlike Flower*: low precision is summed in float32; numbers of examples that sum to 0 give NaN, not a
+        `ZeroDivisionError`; integer arrays, which become float64 there, are refused.
+    """
+
+    def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
+        return weighted_mean(updates, num_examples)
 
 
 @dataclass(frozen=True)
