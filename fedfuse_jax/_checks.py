@@ -175,6 +175,15 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def python_number(operation: str, argument: str, value: Any) -> float:
+    """A Python or NumPy real number of at least 0; traced values are refused."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs a Python number.")
+    if not value >= 0:
+        raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least 0.")
+    return float(value)
+
+
 def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Array:
     """Real squared distances, ``(n_clients, n_clients)``; without ``n_clients``, of any number but none."""
     count = "n_clients" if n_clients is None else n_clients

@@ -44,6 +44,7 @@ NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counte
 ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
 ROUNDS = ("tests/test_server.py",)
 FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
+FEDJAX_PRIVATE = ("tests/test_fedjax_private.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -99,6 +100,7 @@ PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
 CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
 EXECUTOR = "ffi/cpu/executor.cc"
+FEDJAX_MEAN = "fedfuse_jax/fedjax/private.py"
 PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
 BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
@@ -413,6 +415,12 @@ MUTANTS = (
     Mutant(ADAPTERS, STACKING, "return _with_dtypes_of(result, updates), (*after, state)",
            "return _with_dtypes_of(result, updates), (*before, state)",
            "pre-aggregators forget their states", FEDJAX_RULES),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "return mean, later", "return mean, rng",
+           "the same noise in every round", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "noise_multiplier * max_norm * weight", "noise_multiplier * max_norm",
+           "noise of a sum on a mean", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "num_clients if expected_clients is None else expected_clients", "num_clients",
+           "the divisor tells how many came", FEDJAX_PRIVATE),
     Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
            "too many bad clients, and no NaN", COMPAT),
     Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",

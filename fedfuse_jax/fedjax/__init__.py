@@ -14,8 +14,8 @@ words into ours and calls the core.
     )
 
 `mean` takes one client at a time, and `compression` quantises each on its way to it;
-`order_statistics` and `robust` stack all updates, prepare them by `pre_aggregators` and reduce
-them; `averaging` is the algorithm around an aggregator.
+`order_statistics`, `robust` and `private` stack all updates and reduce them, the first two after
+`pre_aggregators`; `averaging` is the algorithm around an aggregator.
 """
 
 from fedfuse_jax.fedjax._stacking import PreAggregator
@@ -33,6 +33,7 @@ from fedfuse_jax.fedjax.order_statistics import (
     trimmed_mean_aggregator,
 )
 from fedfuse_jax.fedjax.pre_aggregators import bucketing_pre_aggregator, nearest_neighbor_mixing_pre_aggregator
+from fedfuse_jax.fedjax.private import clipped_noisy_mean_aggregator
 from fedfuse_jax.fedjax.robust import (
     bulyan_aggregator,
     centered_clipping_aggregator,
@@ -47,6 +48,7 @@ __all__ = [
     "bucketing_pre_aggregator",
     "bulyan_aggregator",
     "centered_clipping_aggregator",
+    "clipped_noisy_mean_aggregator",
     "federated_averaging",
     "geometric_median_aggregator",
     "krum_aggregator",

@@ -6,7 +6,6 @@ from typing import Any
 import fedjax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import bulyan, centered_clipping, geometric_median, krum, multi_krum
@@ -227,7 +226,7 @@ def geometric_median_aggregator(
     rule = bound(
         geometric_median,
         num_iterations=checks.python_int(name, "num_iterations", num_iterations, 1),
-        smoothing=_not_negative(name, "smoothing", smoothing),
+        smoothing=checks.python_number(name, "smoothing", smoothing),
     )
     return stacking_aggregator(name, rule, pre_aggregators)
 
@@ -292,7 +291,7 @@ def centered_clipping_aggregator(
     name = "centered_clipping_aggregator"
     rule = bound(
         _clip_around_center,
-        radius=_not_negative(name, "radius", radius),
+        radius=checks.python_number(name, "radius", radius),
         num_iterations=checks.python_int(name, "num_iterations", num_iterations, 1),
     )
     return stateful_stacking_aggregator(name, rule, pre_aggregators, lambda: center)
@@ -303,11 +302,3 @@ def _clip_around_center(updates: Any, where: Any, center: Any, *, radius: float,
         center = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), updates)
     center = centered_clipping(updates, center, radius, num_iterations=num_iterations, where=where)
     return center, center
-
-
-def _not_negative(operation: str, argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{operation}: {argument} is {checks.describe(value)}; it needs a Python number.")
-    if not value >= 0:
-        raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least 0.")
-    return float(value)
