@@ -44,7 +44,7 @@ NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counte
 ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
 ROUNDS = ("tests/test_server.py",)
 FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
-FEDJAX_PRIVATE = ("tests/test_fedjax_private.py",)
+FEDJAX_PRIVATE, FEDJAX_SERVER = ("tests/test_fedjax_private.py",), ("tests/test_fedjax_server.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
 CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
 EXECUTOR = "ffi/cpu/executor.cc"
-FEDJAX_MEAN = "fedfuse_jax/fedjax/private.py"
+FEDJAX_MEAN, FEDJAX_OPTIMIZERS = "fedfuse_jax/fedjax/private.py", "fedfuse_jax/fedjax/server_optimizers.py"
 PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower.py"
 BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
@@ -421,6 +421,14 @@ MUTANTS = (
            "noise of a sum on a mean", FEDJAX_PRIVATE),
     Mutant(ADAPTERS, FEDJAX_MEAN, "num_clients if expected_clients is None else expected_clients", "num_clients",
            "the divisor tells how many came", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "return _mirrored(state), params", "return state, params",
+           "momentum turns round in every round", FEDJAX_SERVER),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "-jnp.asarray(scalars[", "jnp.asarray(scalars[",
+           "ascends", FEDJAX_SERVER),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "_descend(deltas, weights, opt_state", "_descend(deltas, None, opt_state",
+           "forgets the numbers of examples", FEDJAX_SERVER),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/averaging.py", "if aggregator is None and isinstance(server_optimizer",
+           "if isinstance(server_optimizer", "leaves the aggregator out", FEDJAX_SERVER),
     Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
            "too many bad clients, and no NaN", COMPAT),
     Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",

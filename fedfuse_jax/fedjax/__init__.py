@@ -15,7 +15,8 @@ words into ours and calls the core.
 
 `mean` takes one client at a time, and `compression` quantises each on its way to it;
 `order_statistics`, `robust` and `private` stack all updates and reduce them, the first two after
-`pre_aggregators`; `averaging` is the algorithm around an aggregator.
+`pre_aggregators`; `averaging` is the algorithm around an aggregator, and `server_optimizers` are
+those that need none.
 """
 
 from fedfuse_jax.fedjax._stacking import PreAggregator
@@ -41,15 +42,21 @@ from fedfuse_jax.fedjax.robust import (
     krum_aggregator,
     multi_krum_aggregator,
 )
+from fedfuse_jax.fedjax.server_optimizers import FusedOptimizer, fedadagrad, fedadam, fedavgm, fedyogi
 
 __all__ = [
+    "FusedOptimizer",
     "PreAggregator",
     "StatefulServerState",
     "bucketing_pre_aggregator",
     "bulyan_aggregator",
     "centered_clipping_aggregator",
     "clipped_noisy_mean_aggregator",
+    "fedadagrad",
+    "fedadam",
+    "fedavgm",
     "federated_averaging",
+    "fedyogi",
     "geometric_median_aggregator",
     "krum_aggregator",
     "mean_aggregator",
