@@ -60,8 +60,8 @@ def test_no_noise_is_no_privacy():
 
 
 def test_learns_without_noise_and_less_with_much(federation, model):
-    quiet, loud = (final(federation, model, noise, rounds=8) for noise in (0.0, 30.0))
-    assert quiet.accuracy > 0.75
+    quiet, loud = (final(federation, model, noise, rounds=6) for noise in (0.0, 30.0))
+    assert quiet.accuracy > 0.5
     assert loud.accuracy < quiet.accuracy - 0.2
     assert quiet.finite and loud.finite
 

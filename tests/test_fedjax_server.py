@@ -10,6 +10,7 @@ import pytest
 fedjax = pytest.importorskip("fedjax")
 
 from hlo import custom_calls, large_arrays  # noqa: E402
+from operations import has_kernel  # noqa: E402
 
 import fedfuse_jax as ff  # noqa: E402
 from fedfuse_jax import fedjax as adapter  # noqa: E402
@@ -66,11 +67,18 @@ def make(name, **changed):
     return build(**(scalars | changed))
 
 
-def assert_equal(got, expected):
+def assert_close(got, expected, rtol=1e-5, atol=1e-6):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
+        tolerance = max(rtol, 2**-7 if left.dtype == jnp.bfloat16 else 0)
+        np.testing.assert_allclose(
+            np.asarray(left, np.float64), np.asarray(right, np.float64), rtol=tolerance, atol=atol
+        )
+
+
+def assert_equal(got, expected):
+    assert_close(got, expected, rtol=0, atol=0)
 
 
 # --- The numbers ------------------------------------------------------------------------------------------------
@@ -86,7 +94,7 @@ def test_rounds_are_the_cores(name):
         weights = np.arange(1, len(deltas) + 1)
         got = optimizer.apply_to_clients(clients_of(deltas, weights), *got)
         expected = by_hand(name, *expected, deltas, weights)
-        assert_equal(got, expected)
+        assert_close(got, expected)
     assert int(got[0].step) == 4
     assert np.abs(got[1]["w"] - PARAMS["w"]).max() > 0.1
 
@@ -95,8 +103,8 @@ def test_rounds_are_the_cores(name):
 def test_a_delta_is_that_of_one_client(name):
     optimizer, (delta,) = make(name), make_deltas(1)
     got = optimizer.apply(delta, initial_state(name), PARAMS)
-    assert_equal(got, by_hand(name, initial_state(name), PARAMS, [delta]))
-    assert_equal(jax.jit(optimizer.apply)(delta, initial_state(name), PARAMS), got)
+    assert_close(got, by_hand(name, initial_state(name), PARAMS, [delta]))
+    assert_close(jax.jit(optimizer.apply)(delta, initial_state(name), PARAMS), got)
 
 
 @every_optimizer
@@ -118,7 +126,7 @@ def test_a_schedule_counts_the_steps_taken():
             deltas[0]["b"][0] = np.nan  # a round that does not count
         got = optimizer.apply_to_clients(clients_of(deltas), *got)
         expected = by_hand("fedadam", *expected, deltas, np.arange(1, 6), learning_rate=jnp.float32(rate))
-        assert_equal(got, expected)
+        assert_close(got, expected)
     assert int(got[0].step) == 3
 
 
@@ -127,7 +135,7 @@ def test_takes_any_real_scalar_for_a_weight(as_weight):
     deltas, state = make_deltas(3), initial_state("fedadam")
     weights = [as_weight(weight) for weight in (2, 5, 3)]
     got = make("fedadam").apply_to_clients(clients_of(deltas, weights), state, PARAMS)
-    assert_equal(got, by_hand("fedadam", state, PARAMS, deltas, np.array([2, 5, 3])))
+    assert_close(got, by_hand("fedadam", state, PARAMS, deltas, np.array([2, 5, 3])))
 
 
 @every_optimizer
@@ -152,11 +160,13 @@ def test_bfloat16_parameters_have_a_float32_state():
     state, after = optimizer.apply_to_clients(clients_of(deltas), optimizer.init(params), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.first_moment)} == {jnp.dtype(jnp.float32)}
-    assert_equal((state, after), by_hand("fedadam", initial_state("fedadam", params), params, deltas, np.arange(1, 6)))
+    assert_close((state, after), by_hand("fedadam", initial_state("fedadam", params), params, deltas, np.arange(1, 6)))
 
 
 @every_optimizer
 def test_a_round_is_one_call(name):
+    if not has_kernel(f"{name}_weighted_update"):
+        pytest.skip("nothing is compiled")
     _, update, scalars = OPTIMIZERS[name]
     deltas = ff.stack_clients(make_deltas(50))
     arguments = (deltas, jnp.ones(50), initial_state(name), PARAMS, scalars)
@@ -203,10 +213,7 @@ def test_federated_averaging_weighs_by_numbers_of_examples(name):
         deltas = [jax.tree.map(lambda leaf, value=value: leaf - value, expected[1]) for value in (1.0, 2.0, 9.0)]
         expected = by_hand(name, *expected, deltas, np.array([1, 2, 3]))
         state, diagnostics = algorithm.apply(state, clients)
-        for got, wanted in zip(
-            jax.tree.leaves((state.opt_state, state.params)), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        assert_close((state.opt_state, state.params), expected)
         assert set(diagnostics) == {0, 1, 2}
     assert type(state) is fedjax.algorithms.fed_avg.ServerState
 
