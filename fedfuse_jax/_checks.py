@@ -203,7 +203,7 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
 
 def python_number(operation: str, argument: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     """A Python or NumPy number in the range; traced values are refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs a Python number.")
     _check_range(operation, argument, value, least, most)
     return float(value)

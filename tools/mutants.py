@@ -45,6 +45,7 @@ ADAPTIVE = ("tests/test_private.py", "-k", "adaptive or finds")
 ROUNDS = ("tests/test_server.py",)
 FEDJAX_RULES, COMPAT = ("tests/test_fedjax_robust.py",), ("tests/test_compat.py",)
 COMPAT_OPTIMIZERS = ("tests/test_compat_optimizers.py",)
+FEDJAX_PRIVATE, FEDJAX_SERVER = ("tests/test_fedjax_private.py",), ("tests/test_fedjax_server.py",)
 
 
 def sharding(*words: str) -> tuple[str, ...]:
@@ -100,6 +101,7 @@ PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
 CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
 EXECUTOR = "ffi/cpu/executor.cc"
+FEDJAX_MEAN, FEDJAX_OPTIMIZERS = "fedfuse_jax/fedjax/private.py", "fedfuse_jax/fedjax/server_optimizers.py"
 PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower/aggregators.py"
 FLOWER_SERVER, FORMS = "fedfuse_jax/compat/flower/optimizers.py", "fedfuse_jax/compat/flower/_forms.py"
@@ -415,6 +417,20 @@ MUTANTS = (
     Mutant(ADAPTERS, STACKING, "return _with_dtypes_of(result, updates), (*after, state)",
            "return _with_dtypes_of(result, updates), (*before, state)",
            "pre-aggregators forget their states", FEDJAX_RULES),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "return mean, later", "return mean, rng",
+           "the same noise in every round", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "noise_multiplier * max_norm * weight", "noise_multiplier * max_norm",
+           "noise of a sum on a mean", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_MEAN, "num_clients if expected_clients is None else expected_clients", "num_clients",
+           "the divisor tells how many came", FEDJAX_PRIVATE),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "return _mirrored(state), params", "return state, params",
+           "momentum turns round in every round", FEDJAX_SERVER),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "-jnp.asarray(scalars[", "jnp.asarray(scalars[",
+           "ascends", FEDJAX_SERVER),
+    Mutant(ADAPTERS, FEDJAX_OPTIMIZERS, "_descend(deltas, weights, opt_state", "_descend(deltas, None, opt_state",
+           "forgets the numbers of examples", FEDJAX_SERVER),
+    Mutant(ADAPTERS, "fedfuse_jax/fedjax/averaging.py", "if aggregator is None and isinstance(server_optimizer",
+           "if isinstance(server_optimizer", "leaves the aggregator out", FEDJAX_SERVER),
     Mutant(ADAPTERS, SELECTION, "jnp.where(jnp.isfinite(scores), weights, jnp.nan)", "weights",
            "too many bad clients, and no NaN", COMPAT),
     Mutant(ADAPTERS, BYZFL, "neighbor_scores(vectors, self.f, n - self.f - 1)",

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,29 +72,119 @@ def print_table(history: History, title: str) -> None:
         print("* The model is no longer finite; NaN for an answer reads as digit 0.")
 
 
+def print_privacy_table(history: History, epsilons: Mapping[str, Sequence[float]], title: str) -> None:
+    """Prints accuracy, and what has been spent of privacy, after up to ten of the rounds."""
+    table = Table()
+    table.add_column("Round", justify="right")
+    for name in history:
+        table.add_column(name, justify="right")
+        if name in epsilons:
+            table.add_column("epsilon", justify="right")
+    rounds = len(next(iter(history.values())))
+    for index in sorted({round(rounds * (step + 1) / 10) or 1 for step in range(10)}):
+        cells = []
+        for name, outcomes in history.items():
+            cells.append(f"{outcomes[index - 1].accuracy:.1%}")
+            if name in epsilons:
+                cells.append(f"{epsilons[name][index - 1]:.2f}")
+        table.add_row(str(index), *cells)
+    print(title)
+    Console().print(table)
+
+
+def print_compression_table(history: History, num_bytes: Mapping[str, int], num_clients: int, title: str) -> None:
+    """Prints what every way of sending costs and how far its last accuracy is below the first one's."""
+    table = Table()
+    for column in ("Sent", "Bytes", "Megabytes", "Ratio", "Test accuracy", "Lost"):
+        table.add_column(column, justify="left" if column == "Sent" else "right")
+    first = next(iter(history))
+    for name, outcomes in history.items():
+        last, best = outcomes[-1].accuracy, history[first][-1].accuracy
+        table.add_row(
+            name,
+            f"{num_bytes[name]:,}",
+            f"{_megabytes(num_bytes[name], num_clients, len(outcomes))[-1]:.2f}",
+            f"{num_bytes[first] / num_bytes[name]:.1f}",
+            f"{last:.1%}",
+            "" if name == first else f"{100 * (best - last):.1f} points",
+        )
+    print(title)
+    Console().print(table)
+    print("Bytes are those of one client in one round, megabytes those of all clients and rounds.")
+
+
+def _megabytes(num_bytes: int, num_clients: int, rounds: int) -> list[float]:
+    """What all clients have sent together after each round."""
+    return [num_bytes * num_clients * (index + 1) / 1e6 for index in range(rounds)]
+
+
 def save_plot(history: History, title: str, output: Path) -> None:
     """Draws accuracy by round, one line per scenario, into a PNG file."""
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    _draw_accuracy(axes, history, {name: range(1, len(outcomes) + 1) for name, outcomes in history.items()})
+    axes.set_title(title, loc="left")
+    _number_rounds(axes)
+    _save(figure, output)
+
+
+def save_privacy_plot(
+    history: History, epsilons: Mapping[str, Sequence[float]], title: str, spent: str, output: Path
+) -> None:
+    """Draws accuracy by round and, below, what has been spent of privacy by then, into a PNG file."""
+    figure, (above, below) = plt.subplots(2, figsize=(8, 7), dpi=150, layout="constrained", sharex=True)
+    _draw_accuracy(above, history, {name: range(1, len(outcomes) + 1) for name, outcomes in history.items()})
+    above.set_title(title, loc="left")
+    for index, name in enumerate(history):
+        if name in epsilons:
+            _draw_line(below, range(1, len(epsilons[name]) + 1), epsilons[name], index)
+    below.set_ylabel(spent)
+    below.set_ylim(bottom=0)
+    _tidy(below)
+    _number_rounds(below)
+    _save(figure, output)
+
+
+def save_compression_plot(
+    history: History, num_bytes: Mapping[str, int], num_clients: int, title: str, output: Path
+) -> None:
+    """Draws accuracy by what all clients have sent together, into a PNG file."""
+    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    sent = {name: _megabytes(num_bytes[name], num_clients, len(outcomes)) for name, outcomes in history.items()}
+    _draw_accuracy(axes, history, sent)
+    axes.set_title(title, loc="left")
+    axes.set_xscale("log")
+    axes.set_xlabel("megabytes sent by all clients together (logarithmic)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    _save(figure, output)
+
+
+def _draw_accuracy(axes: Any, history: History, positions: Mapping[str, Sequence[float]]) -> None:
     for index, (name, outcomes) in enumerate(history.items()):
         accuracy = [outcome.accuracy for outcome in outcomes]
-        marker = "o" if len(outcomes) == 1 else None  # one point makes no line
-        axes.plot(
-            range(1, len(accuracy) + 1),
-            accuracy,
-            label=f"{name} ({accuracy[-1]:.1%})",
-            linewidth=2,
-            marker=marker,
-            **_line_style(index),
-        )
+        _draw_line(axes, positions[name], accuracy, index, f"{name} ({accuracy[-1]:.1%})")
     axes.axhline(CHANCE, color="#7f7f7f", linewidth=1, linestyle=":", label=f"chance ({CHANCE:.0%})")
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("round")
     axes.set_ylabel("test accuracy")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _tidy(axes)
+
+
+def _draw_line(axes: Any, x: Sequence[float], y: Sequence[float], index: int, label: str | None = None) -> None:
+    marker = "o" if len(y) == 1 else None  # one point makes no line
+    axes.plot(x, y, label=label, linewidth=2, marker=marker, **_line_style(index))
+
+
+def _number_rounds(axes: Any) -> None:
+    axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _tidy(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, output: Path) -> None:
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(output)
     plt.close(figure)

@@ -1,20 +1,25 @@
 """The federation: digits dealt to clients unevenly, a small FedJAX model, rounds of training."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import fedjax
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from fedfuse_jax import stack_clients
 from fedfuse_jax.demo.attacks import ATTACKS, NO_ATTACK, Attack, default_num_bad
+from fedfuse_jax.demo.compression import Compression
+from fedfuse_jax.demo.privacy import MAX_NORM
 from fedfuse_jax.demo.rules import DEFAULT_RULES, RULES
-from fedfuse_jax.fedjax import federated_averaging
+from fedfuse_jax.fedjax import clipped_noisy_mean_aggregator, federated_averaging
 
 NUM_CLASSES = 10
 DIRICHLET_ALPHA = 0.3
@@ -113,12 +118,41 @@ def make_model() -> fedjax.Model:
 
 def train(federation: Federation, model: fedjax.Model, scenario: Scenario, rounds: int) -> Iterator[Outcome]:
     """Runs the rounds of one scenario and yields the outcome of each."""
-    clients = []
-    for index, examples in enumerate(federation.clients):
-        if index in federation.bad_clients:
-            examples = examples | {"y": scenario.attack.corrupt_labels(examples["y"])}
-        clients.append(fedjax.ClientDataset(examples))
+    attack, bad_clients = scenario.attack, federation.bad_clients
+    clients = [
+        examples | {"y": attack.corrupt_labels(examples["y"])} if index in bad_clients else examples
+        for index, examples in enumerate(federation.clients)
+    ]
+    aggregator = _under_attack(RULES[scenario.rule].build(len(bad_clients)), attack, bad_clients)
+    return _train_by(aggregator, replace(federation, clients=clients), model, rounds)
 
+
+def train_privately(
+    federation: Federation, model: fedjax.Model, noise_multiplier: float, rounds: int
+) -> Iterator[Outcome]:
+    """Runs the rounds with clipped updates and noise on their sum, every client good."""
+    # The demo repeats. Where there is something to hide, the key is drawn from the operating system's randomness.
+    key = jax.random.fold_in(jax.random.PRNGKey(federation.seed), 1)
+    return _train_by(clipped_noisy_mean_aggregator(MAX_NORM, noise_multiplier, key), federation, model, rounds)
+
+
+def train_compressed(
+    federation: Federation, model: fedjax.Model, compression: Compression, rounds: int
+) -> Iterator[Outcome]:
+    """Runs the rounds with what a compression makes of the updates, every client good."""
+    return _train_by(_compressed(compression, federation.seed), federation, model, rounds)
+
+
+def num_params(model: fedjax.Model) -> int:
+    """How many numbers an update has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.PRNGKey(0))))
+
+
+def _train_by(
+    aggregator: fedjax.aggregators.Aggregator, federation: Federation, model: fedjax.Model, rounds: int
+) -> Iterator[Outcome]:
+    """Runs the rounds of FedJAX's federated averaging and yields the outcome of each."""
+    clients = [fedjax.ClientDataset(examples) for examples in federation.clients]
     algorithm = federated_averaging(
         fedjax.model_grad(model),
         client_optimizer=fedjax.optimizers.sgd(CLIENT_LEARNING_RATE),
@@ -126,9 +160,7 @@ def train(federation: Federation, model: fedjax.Model, scenario: Scenario, round
         client_batch_hparams=fedjax.ShuffleRepeatBatchHParams(
             batch_size=BATCH_SIZE, num_epochs=LOCAL_EPOCHS, seed=federation.seed
         ),
-        aggregator=_under_attack(
-            RULES[scenario.rule].build(len(federation.bad_clients)), scenario.attack, federation.bad_clients
-        ),
+        aggregator=aggregator,
     )
     model_key, rounds_key = jax.random.split(jax.random.PRNGKey(federation.seed))
     state = algorithm.init(model.init(model_key))
@@ -186,3 +218,25 @@ def _under_attack(
         return aggregator.apply(sent, state)
 
     return fedjax.aggregators.Aggregator(aggregator.init, apply)
+
+
+def _compressed(compression: Compression, seed: int) -> fedjax.aggregators.Aggregator:
+    """The mean of what comes through; its state is what the clients remember, who come in one order each round."""
+
+    def apply(clients_params_and_weights: Any, state: Any) -> tuple[Any, Any]:
+        _, updates, weights = zip(*clients_params_and_weights, strict=True)
+        flat, unravel = ravel_pytree(updates[0])
+        if state is None:
+            keys = jax.random.split(jax.random.PRNGKey(seed), len(updates))
+            state = jax.vmap(lambda key: compression.start(key, flat.size))(keys)
+        mean, state = _send_and_merge(stack_clients(list(updates)), jnp.asarray(weights), state, compression)
+        return unravel(mean), state
+
+    return fedjax.aggregators.Aggregator(lambda: None, apply)
+
+
+@partial(jax.jit, static_argnames="compression")
+def _send_and_merge(updates: Any, weights: Any, memory: Any, compression: Compression) -> tuple[Any, Any]:
+    flat = jax.vmap(lambda update: ravel_pytree(update)[0])(updates)
+    messages, memory = jax.vmap(compression.send)(flat, memory)
+    return compression.merge(messages, weights / weights.sum(), flat.shape[1]), memory

@@ -14,8 +14,9 @@ words into ours and calls the core.
     )
 
 `mean` takes one client at a time, and `compression` quantises each on its way to it;
-`order_statistics` and `robust` stack all updates, prepare them by `pre_aggregators` and reduce
-them; `averaging` is the algorithm around an aggregator.
+`order_statistics`, `robust` and `private` stack all updates and reduce them, the first two after
+`pre_aggregators`; `averaging` is the algorithm around an aggregator, and `server_optimizers` are
+those that need none.
 """
 
 from fedfuse_jax.fedjax._stacking import PreAggregator
@@ -33,6 +34,7 @@ from fedfuse_jax.fedjax.order_statistics import (
     trimmed_mean_aggregator,
 )
 from fedfuse_jax.fedjax.pre_aggregators import bucketing_pre_aggregator, nearest_neighbor_mixing_pre_aggregator
+from fedfuse_jax.fedjax.private import clipped_noisy_mean_aggregator
 from fedfuse_jax.fedjax.robust import (
     bulyan_aggregator,
     centered_clipping_aggregator,
@@ -40,14 +42,21 @@ from fedfuse_jax.fedjax.robust import (
     krum_aggregator,
     multi_krum_aggregator,
 )
+from fedfuse_jax.fedjax.server_optimizers import FusedOptimizer, fedadagrad, fedadam, fedavgm, fedyogi
 
 __all__ = [
+    "FusedOptimizer",
     "PreAggregator",
     "StatefulServerState",
     "bucketing_pre_aggregator",
     "bulyan_aggregator",
     "centered_clipping_aggregator",
+    "clipped_noisy_mean_aggregator",
+    "fedadagrad",
+    "fedadam",
+    "fedavgm",
     "federated_averaging",
+    "fedyogi",
     "geometric_median_aggregator",
     "krum_aggregator",
     "mean_aggregator",

@@ -9,6 +9,7 @@ from fedjax.algorithms import fed_avg
 
 from fedfuse_jax.fedjax._clients import ClientUpdate
 from fedfuse_jax.fedjax.mean import mean_aggregator
+from fedfuse_jax.fedjax.server_optimizers import FusedOptimizer
 
 Client = tuple[fedjax.ClientId, fedjax.ClientDataset, fedjax.PRNGKey]
 Diagnostics = Mapping[fedjax.ClientId, Any]
@@ -48,10 +49,12 @@ def federated_averaging(
     Args:
         grad_fn: From `(params, batch_example, rng)` to gradients, e.g. `fedjax.model_grad(model)`.
         client_optimizer: The optimizer of local training.
-        server_optimizer: The optimizer that applies the aggregated delta.
+        server_optimizer: The optimizer that applies the aggregated delta. Without an aggregator, a
+            `FusedOptimizer`, such as `fedadam(0.1)`, averages, too.
         client_batch_hparams: How a client's data set is shuffled, repeated and cut into batches.
         aggregator: Any FedJAX aggregator; it gets the deltas lazily, as they are trained, with the
-            clients' numbers of examples for weights. `None`: `mean_aggregator()`.
+            clients' numbers of examples for weights. `None`: `mean_aggregator()`, or what a
+            `FusedOptimizer` makes of the stacked deltas in one call.
 
     Returns:
         A `fedjax.FederatedAlgorithm`. `init(params)` gives FedJAX's own `fed_avg.ServerState`, so a
@@ -62,7 +65,8 @@ def federated_averaging(
 
     Raises:
         TypeError: `aggregator` is not a `fedjax.aggregators.Aggregator`.
-        ValueError: From `apply`: there are no clients.
+        ValueError: From `apply`: there are no clients; with a `FusedOptimizer` and no aggregator,
+            that is no error, and the state stays as it was.
 
     Example:
         >>> import fedjax, jax, jax.numpy as jnp, numpy as np
@@ -91,6 +95,7 @@ def federated_averaging(
         *Determinism*: as long as `client_batch_hparams.seed` is set; with `None` FedJAX shuffles
         anew at each run.
     """
+    fused = server_optimizer if aggregator is None and isinstance(server_optimizer, FusedOptimizer) else None
     if aggregator is None:
         aggregator = mean_aggregator()
     if not isinstance(aggregator, fedjax.aggregators.Aggregator):
@@ -110,7 +115,7 @@ def federated_averaging(
 
     def apply(state: fed_avg.ServerState, clients: Sequence[Client]) -> tuple[fed_avg.ServerState, Diagnostics]:
         clients = list(clients)
-        if not clients:
+        if not clients and fused is None:
             raise ValueError(
                 "federated_averaging: clients is empty; it needs at least one "
                 "(client_id, ClientDataset, rng): an average of nobody is no step"
@@ -125,6 +130,10 @@ def federated_averaging(
             for client_id, delta in train_for_each_client(state.params, batches):
                 diagnostics[client_id] = {"delta_l2_norm": fedjax.tree_util.tree_l2_norm(delta)}
                 yield client_id, delta, num_examples[client_id]
+
+        if fused is not None:
+            opt_state, params = fused.apply_to_clients(deltas(), state.opt_state, state.params)
+            return server_state(params, opt_state, ()), diagnostics
 
         # A plain ServerState holds no aggregator state: it is FedJAX's, or there is none to hold.
         aggregator_state = state.aggregator_state if isinstance(state, StatefulServerState) else aggregator.init()

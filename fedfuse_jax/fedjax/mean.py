@@ -7,10 +7,9 @@ from typing import Any
 import fedjax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedfuse_jax import accumulate_weighted, weighted_sum
-from fedfuse_jax.fedjax._clients import ClientUpdate, no_state, participants
+from fedfuse_jax.fedjax._clients import ClientUpdate, no_state, participants, scalar_weight
 
 
 def mean_aggregator() -> fedjax.aggregators.Aggregator:
@@ -63,7 +62,7 @@ def mean_aggregator() -> fedjax.aggregators.Aggregator:
         total: Any = None
         dtypes: tuple[Any, ...] = ()
         for client_id, params, weight in participants("mean_aggregator", clients_params_and_weights):
-            weight = _scalar_weight("mean_aggregator", client_id, weight)
+            weight = scalar_weight("mean_aggregator", client_id, weight)
             try:
                 if total is None:
                     total = _first_total(params, weight)
@@ -76,20 +75,6 @@ def mean_aggregator() -> fedjax.aggregators.Aggregator:
         return _finish_mean(total, dtypes), state
 
     return fedjax.aggregators.Aggregator(no_state, apply)
-
-
-def _scalar_weight(operation: str, client_id: Any, weight: Any) -> Any:
-    """Gives a weight that never makes the jitted step compile for a new Python type."""
-    if np.shape(weight) != ():
-        raise ValueError(f"{operation}: weight of client {client_id!r} has shape {np.shape(weight)}; it needs a scalar")
-    if isinstance(weight, jax.Array):  # may still be in flight on a device, or traced: no waiting
-        return weight
-    try:
-        return float(weight)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{operation}: weight of client {client_id!r} is a {type(weight).__name__}; it needs a real number"
-        ) from None
 
 
 def _counted(params: Any) -> dict[str, Any]:
