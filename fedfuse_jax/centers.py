@@ -7,9 +7,10 @@ each of them is from where it arrives.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -91,17 +92,11 @@ def geometric_median(
     if where is not None:
         present = present & internals.replicated(where)
 
-    def pulls(distances: Array) -> Array:
-        far = jnp.maximum(distances, jnp.maximum(floor, jnp.finfo(dtype).tiny))
-        # Relative to the nearest client nothing overflows or vanishes.
-        nearest = lax.stop_gradient(jnp.min(jnp.where(present, far, jnp.inf)))
-        pull = jnp.where(present, nearest / far, 0)
-        if weights is not None:
-            pull = jnp.where(present, weights * pull, 0)
-        return pull / jnp.sum(pull)
-
     start = leaves.treedef.flatten_up_to(coordinate_median(updates, where=present))
-    return leaves.unflatten(_iterate(leaves.arrays, start, pulls, present, iterations, dtypes, axis_name))
+    numbers = {"present": present, "weights": weights, "floor": floor}
+    return leaves.unflatten(
+        _iterate(leaves.arrays, start, present, numbers, _weiszfeld_pulls, iterations, dtypes, axis_name)
+    )
 
 
 def centered_clipping(
@@ -131,7 +126,8 @@ def centered_clipping(
       axis_name: Inside your own ``shard_map``: the mesh axes over which the parameters are sharded.
 
     Returns:
-      The new center. When nobody takes part who is finite, a step of length 0: the center as it was.
+      The new center. When nobody takes part who is finite, a step of length 0: the center as it was. NaN for a traced
+      ``radius`` that is negative or NaN.
 
     Raises:
       TypeError: A leaf is not floating point, or an argument is not what it needs to be.
@@ -164,14 +160,10 @@ def centered_clipping(
     where = checks.participation(name, where, n_clients)
     dtypes = checks.result_dtypes(name, leaves.arrays, out_dtype)
     everybody = jnp.ones((n_clients,), bool) if where is None else internals.replicated(where)
-
-    def pulls(distances: Array) -> Array:
-        finite = everybody & jnp.isfinite(distances)
-        clipped = finite & (distances > limit)
-        shares = jnp.where(clipped, limit / jnp.where(clipped, distances, 1), 1)
-        return jnp.where(finite, shares / jnp.maximum(jnp.sum(finite), 1), 0).astype(dtype)
-
-    return leaves.unflatten(_iterate(leaves.arrays, start, pulls, where, iterations, dtypes, axis_name))
+    numbers = {"present": everybody, "limit": limit}
+    return leaves.unflatten(
+        _iterate(leaves.arrays, start, where, numbers, _clipping_pulls, iterations, dtypes, axis_name)
+    )
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------
@@ -203,16 +195,41 @@ def _center_of(operation: str, updates: checks.Leaves, center: PyTree) -> list[A
 # --- Iterations -------------------------------------------------------------------------------------------------
 
 
+def _weiszfeld_pulls(distances: Array, present: Array, weights: Array | None, floor: Array) -> Array:
+    # Selections, unlike maxima, have derivatives in which nothing is multiplied by 0, which may be infinite here.
+    tiny = jnp.finfo(distances.dtype).tiny
+    floor = jnp.where(floor < tiny, tiny, floor)
+    far = jnp.where(distances > floor, distances, floor)
+    # Relative to the nearest client nothing overflows or vanishes.
+    nearest = lax.stop_gradient(jnp.min(jnp.where(present, far, jnp.inf)))
+    pull = jnp.where(present, 1 / jnp.where(present, far / nearest, 1), 0)
+    if weights is not None:
+        pull = jnp.where(present, weights * pull, 0)
+    return pull / jnp.sum(pull)
+
+
+def _clipping_pulls(distances: Array, present: Array, limit: Array) -> Array:
+    finite = present & jnp.isfinite(distances)
+    clipped = finite & (distances > limit)
+    shares = jnp.where(clipped, limit / jnp.where(clipped, distances, 1), 1)
+    # A traced radius that is none must not mean that nobody is clipped.
+    shares = jnp.where(limit >= 0, shares, jnp.nan)
+    return jnp.where(finite, shares / jnp.maximum(jnp.sum(finite), 1), 0).astype(distances.dtype)
+
+
+# Compiled once for all calls alike: outside of any `jit`, a loop over a new closure would be compiled at every call.
+@functools.partial(jax.jit, static_argnames=("pulls", "num_iterations", "out_dtypes", "axis_name"))
 def _iterate(
     updates: Sequence[Array],
     center: Sequence[Array],
-    pulls: Callable[[Array], Array],
     where: Array | None,
+    numbers: Mapping[str, Array | None],
+    pulls: Callable[..., Array],
     num_iterations: int,
-    out_dtypes: Sequence[str],
+    out_dtypes: tuple[str, ...],
     axis_name: Any,
 ) -> list[Array]:
-    """Steps as often as asked, by weights that depend on the distances from where the last step arrived."""
+    """Steps as often as asked, by weights that ``pulls`` makes of ``numbers`` and the distances from the last step."""
     dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in updates))
     step_dtypes = (*(leaf.dtype.name for leaf in center), dtype.name)
 
@@ -225,7 +242,7 @@ def _iterate(
 
     # Nobody pulls: this only measures.
     state = step(center, jnp.zeros(updates[0].shape[0], dtype))
-    moved, _ = lax.fori_loop(0, num_iterations, lambda _, state: step(state[0], pulls(state[1])), state)
+    moved, _ = lax.fori_loop(0, num_iterations, lambda _, state: step(state[0], pulls(state[1], **numbers)), state)
     return [leaf.astype(dtype) for leaf, dtype in zip(moved, out_dtypes, strict=True)]
 
 

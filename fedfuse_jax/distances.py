@@ -6,6 +6,7 @@ one more pass for the combination. Given ``distances=``, it is the second pass a
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -532,6 +533,8 @@ def _select(
     return jnp.isfinite(scores) & (ranks < wanted) & (wanted <= num_present)
 
 
+# Compiled once for all calls alike: outside of any `jit`, a loop over a new closure would be compiled at every call.
+@functools.partial(jax.jit, static_argnames="num_byzantine")
 def _picks(distances: Array, present: Array, num_byzantine: int) -> Array:
     """Bulyan's picks: rows are sorted once, and a pick then costs one pass over the matrix."""
     f, n_clients = num_byzantine, distances.shape[0]

@@ -288,9 +288,12 @@ def stack_clients(updates: Sequence[PyTree]) -> PyTree:
         raise ValueError(f"{name}: updates has no clients; it needs a list of at least one pytree.")
     clients = [checks.float_leaves(name, f"updates[{i}]", client) for i, client in enumerate(updates)]
     first = clients[0]
-    for client in clients[1:]:
+    for i, client in enumerate(clients):
         if client.treedef != first.treedef:
-            raise ValueError(f"{name}: a client has the structure {client.treedef}; it needs {first.treedef}.")
+            raise ValueError(
+                f"{name}: updates[{i}] has the structure {client.treedef}; it needs {first.treedef}, like the first "
+                "client's."
+            )
         for array, path, model in zip(client.arrays, client.paths, first.arrays, strict=True):
             if array.shape != model.shape or array.dtype != model.dtype:
                 got, needed = checks.describe(array), checks.describe(model)

@@ -141,7 +141,7 @@ def stack_clients(updates: list[PyTree]) -> PyTree:
 # --- Robust ---------------------------------------------------------------------------------------------------
 
 
-def trim_counts(trim_fraction: float, n_clients: int) -> np.ndarray:
+def trim_counts(trim_fraction: Any, n_clients: int) -> np.ndarray:
     """``int(trim_fraction · m)`` for every number m of participating clients, 0 … n, in Python's arithmetic."""
     return np.array([int(trim_fraction * m) for m in range(n_clients + 1)], np.int32)
 

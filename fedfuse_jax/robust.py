@@ -214,7 +214,7 @@ def _trim_count_from_fraction(trim_fraction: Any, where: Array | None, n_clients
     if not isinstance(n_clients, int):
         raise ValueError(f"{name}: the number of clients is symbolic ({n_clients}); it needs trim_count then.")
     if where is not None:
-        counts = jnp.asarray(reference.trim_counts(float(trim_fraction), n_clients))
+        counts = jnp.asarray(reference.trim_counts(trim_fraction, n_clients))
         return counts[jnp.sum(where, dtype=jnp.int32)]
     k = int(trim_fraction * n_clients)
     if 2 * k >= n_clients:

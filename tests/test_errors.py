@@ -202,7 +202,7 @@ BAD_STACKS = {
     "an array": (X, TypeError, "updates", "float32[4,3]", "list"),
     "a dict": ({"w": X}, TypeError, "updates", "dict", "list"),
     "text": ("clients", TypeError, "updates", "'clients'", "list"),
-    "structure": ([TREE, {"w": jnp.ones(3)}], ValueError, "a client", "PyTreeDef"),
+    "structure": ([TREE, {"w": jnp.ones(3)}], ValueError, "updates[1]", "PyTreeDef"),
     "shape": ([jnp.ones(3), jnp.ones(4)], ValueError, "updates[1]", "float32[4]", "float32[3]"),
     "dtype": ([jnp.ones(3), LOW], ValueError, "updates[1]", "bfloat16[3]", "float32[3]"),
     "integers": ([jnp.ones(3, int)], TypeError, "updates[0]", "int32", "floating-point"),

@@ -123,6 +123,15 @@ def test_the_famous_28():
     assert abs(np.float32(0.29) * np.float32(100) - 29) < 1e-5  # what float32 would have made of it
 
 
+@pytest.mark.parametrize("fraction", [np.float16(0.1), np.float32(0.29), np.float64(0.29)])
+def test_a_numpy_fraction_is_multiplied_in_its_own_precision(fraction):
+    """As SciPy does: float32(0.29) * 100 is 29. Nor may it matter whether `where` names everybody."""
+    updates = np.arange(100, dtype=np.float32)[:, None] ** 2
+    wanted = scipy.stats.trim_mean(updates.astype(np.float64), fraction)
+    for where in (None, np.ones(100, bool)):
+        np.testing.assert_allclose(ff.trimmed_mean(updates, trim_fraction=fraction, where=where), wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.29, 0.45])
 def test_scipy_agrees_for_every_number_of_participants(fraction):
     """All m up to 200 with one compiled program: m is traced. 1e-5: 200 roundings of 6e-8 at most."""

@@ -181,6 +181,13 @@ def test_centered_clipping_shifts_and_scales_with_its_center():
     np.testing.assert_allclose(got / 4 - 8, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("radius", [-1.0, np.nan])
+def test_a_traced_radius_that_is_none_gives_nan(radius):
+    """Not the plain mean: that would let everybody through."""
+    clip = jax.jit(lambda radius: ff.centered_clipping(samples(5), jnp.zeros(samples(5).shape[1]), radius))
+    assert np.isnan(clip(radius)).all()
+
+
 # --- Breakdown ----------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -368,6 +375,16 @@ def test_vmap(name):
 
 
 @each_of_all
+def test_a_second_call_outside_of_jit_compiles_nothing(name, caplog):
+    ALL[name](jnp.asarray(samples(11)))
+    values = jnp.asarray(samples(11, seed=1))
+    with jax.log_compiles():
+        ALL[name](values)
+        jax.jit(lambda: 0.0)()  # which shows that a compilation would be seen
+    assert sum("Compiling" in record.message for record in caplog.records) == 1
+
+
+@each_of_all
 def test_gradient(name):
     """By finite differences in float64; and exactly 0 for who is absent or, where it has no influence, not finite."""
     with jax.enable_x64():
@@ -382,6 +399,17 @@ def test_gradient(name):
     gradient = jax.grad(lambda x: jnp.sum(ALL[name](x, where=where)))(spoiled)
     assert not np.asarray(gradient)[3].any()
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1e-6])
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_geometric_median_s_gradients_are_finite(smoothing, alike):
+    """Also where a client is at the median, one is absent, and nothing smooths: first and second derivatives."""
+    x = jnp.ones((7, 6)) if alike else jnp.asarray(samples(7))
+    call = lambda *values: jnp.sum(ff.geometric_median(*values[:2], smoothing=values[2], where=jnp.arange(7) != 2))  # noqa: E731
+    values = x, jnp.ones(7), smoothing
+    for gradient in (*jax.grad(call, (0, 1, 2))(*values), jax.hessian(call)(*values)):
+        assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", ["krum", "multi_krum", "bulyan", "geometric_median", "centered_clipping"])

@@ -384,6 +384,8 @@ MUTANTS = (
            battery("deriv", "distances")),
     Mutant(BYZANTINE, CENTERS, "shares = jnp.where(clipped,", "shares = jnp.where(finite,",
            "differences within the radius are stretched to it", properties("every_allowed and clipping")),
+    Mutant(BYZANTINE, CENTERS, "shares = jnp.where(limit >= 0, shares, jnp.nan)", "pass",
+           "a traced radius of NaN clips nobody", properties("traced_radius")),
     Mutant(BYZANTINE, CENTERS, "jnp.where(counts(), distances, 0)", "distances",
            "a replicated leaf counts once a device", sharding("test_jit", "step_toward", "differently")),
     Mutant(BYZANTINE, CENTERS, "products -= dots(own_tangents",
