@@ -167,7 +167,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compress",
         choices=COMPRESSIONS,
         nargs="+",
-        metavar="COMPRESSION",
         help="send less: accuracy by megabytes sent",
     )
     parser.add_argument(
