@@ -175,6 +175,12 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def python_number(operation: str, argument: str, value: Any, needed: str = "a Python number") -> None:
+    """Refuses what is no Python or NumPy real number, traced values too."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs {needed}.")
+
+
 def distance_matrix(operation: str, distances: Any, n_clients: Any = None) -> Array:
     """Real squared distances, ``(n_clients, n_clients)``; without ``n_clients``, of any number but none."""
     count = "n_clients" if n_clients is None else n_clients

@@ -6,7 +6,6 @@ from typing import Any
 import fedjax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import bulyan, centered_clipping, geometric_median, krum, multi_krum
@@ -306,8 +305,7 @@ def _clip_around_center(updates: Any, where: Any, center: Any, *, radius: float,
 
 
 def _not_negative(operation: str, argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{operation}: {argument} is {checks.describe(value)}; it needs a Python number.")
+    checks.python_number(operation, argument, value)
     if not value >= 0:
         raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least 0.")
     return float(value)
