@@ -75,7 +75,10 @@ def client_stacked(operation: str, updates: PyTree) -> tuple[Leaves, Any]:
     leaves = float_leaves(operation, "updates", updates)
     for array, path in zip(leaves.arrays, leaves.paths, strict=True):
         if array.ndim == 0:
-            raise ValueError(f"{operation}: {path} is a scalar; it needs a leading client axis.")
+            raise ValueError(
+                f"{operation}: {path} is a scalar ({describe(array)}); it needs a leading client axis, which "
+                "stack_clients makes of a list of clients' trees."
+            )
         if array.shape[0] != leaves.arrays[0].shape[0]:
             raise ValueError(
                 f"{operation}: {path} has {array.shape[0]} clients ({describe(array)}), but {leaves.paths[0]} has "
