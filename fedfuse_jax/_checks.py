@@ -76,7 +76,10 @@ def client_stacked(operation: str, updates: PyTree, argument: str = "updates") -
     leaves = float_leaves(operation, argument, updates)
     for array, path in zip(leaves.arrays, leaves.paths, strict=True):
         if array.ndim == 0:
-            raise ValueError(f"{operation}: {path} is a scalar; it needs a leading client axis.")
+            raise ValueError(
+                f"{operation}: {path} is a scalar ({describe(array)}); it needs a leading client axis, which "
+                "stack_clients makes of a list of clients' trees."
+            )
         if array.shape[0] != leaves.arrays[0].shape[0]:
             raise ValueError(
                 f"{operation}: {path} has {array.shape[0]} clients ({describe(array)}), but {leaves.paths[0]} has "
@@ -201,11 +204,20 @@ def python_int(operation: str, argument: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def python_number(operation: str, argument: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """A Python or NumPy number in the range; traced values are refused."""
+def python_number(
+    operation: str,
+    argument: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    needed: str = "a Python number",
+) -> float:
+    """A Python or NumPy real number, in the range if there is one; traced values are refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs a Python number.")
-    _check_range(operation, argument, value, least, most)
+        raise TypeError(f"{operation}: {argument} is {describe(value)}; it needs {needed}.")
+    if (least, most) != (-math.inf, math.inf):
+        _check_range(operation, argument, value, least, most)
     return float(value)
 
 

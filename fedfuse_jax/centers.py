@@ -214,7 +214,8 @@ def _clipping_pulls(distances: Array, present: Array, limit: Array) -> Array:
     shares = jnp.where(clipped, limit / jnp.where(clipped, distances, 1), 1)
     # A traced radius that is none must not mean that nobody is clipped.
     shares = jnp.where(limit >= 0, shares, jnp.nan)
-    return jnp.where(finite, shares / jnp.maximum(jnp.sum(finite), 1), 0).astype(distances.dtype)
+    num_finite = jnp.maximum(jnp.sum(finite, dtype=jnp.int32), 1)
+    return jnp.where(finite, shares / num_finite.astype(distances.dtype), 0)
 
 
 # Compiled once for all calls alike: outside of any `jit`, a loop over a new closure would be compiled at every call.

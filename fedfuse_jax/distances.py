@@ -442,8 +442,8 @@ def bucketing(
     active = internals.replicated(finite_clients(updates, axis_name=axis_name))
     if where is not None:
         active = active & internals.replicated(where)
-    mixing = _bucket_means(key, active, size)
-    operands = {"updates": leaves.arrays, "mixing": mixing.astype(checks.tree_accumulator(leaves.arrays))}
+    mixing = _bucket_means(key, active, size, checks.tree_accumulator(leaves.arrays))
+    operands = {"updates": leaves.arrays, "mixing": mixing}
     return leaves.unflatten(MIX_CLIENTS.bind(operands, dtypes))
 
 
@@ -572,7 +572,7 @@ def _neighbor_means(distances: Array, present: Array, active: Array, num_byzanti
     return jnp.where(chosen, jnp.where(num_kept >= 1, shares, jnp.nan), 0)
 
 
-def _bucket_means(key: Array, active: Array, bucket_size: int) -> Array:
+def _bucket_means(key: Array, active: Array, bucket_size: int, dtype: Any) -> Array:
     """The matrix that averages the active clients, in random order, in buckets."""
     n_clients = active.shape[0]
     shuffled = jax.random.permutation(key, n_clients)
@@ -580,7 +580,8 @@ def _bucket_means(key: Array, active: Array, bucket_size: int) -> Array:
     bucket_of = jnp.zeros(n_clients, jnp.int32).at[shuffled].set(jnp.arange(n_clients, dtype=jnp.int32) // bucket_size)
     rows = jnp.arange(-(-n_clients // bucket_size))
     members = (bucket_of[None] == rows[:, None]) & active[None]
-    return members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1)
+    sizes = jnp.maximum(jnp.sum(members, axis=1, keepdims=True, dtype=jnp.int32), 1)
+    return members.astype(dtype) / sizes.astype(dtype)
 
 
 # --- The operations ---------------------------------------------------------------------------------------------

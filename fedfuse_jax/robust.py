@@ -206,9 +206,7 @@ def _trim_count(trim_count: Any, trim_fraction: Any, where: Array | None, n_clie
 
 def _trim_count_from_fraction(trim_fraction: Any, where: Array | None, n_clients: Any) -> int | Array:
     name = "trimmed_mean"
-    if isinstance(trim_fraction, bool) or not isinstance(trim_fraction, int | float | np.integer | np.floating):
-        got = checks.describe(trim_fraction)
-        raise TypeError(f"{name}: trim_fraction is {got}; it needs a Python number (trim_count may be traced).")
+    checks.python_number(name, "trim_fraction", trim_fraction, needed="a Python number (trim_count may be traced)")
     if not 0 <= trim_fraction < 1:
         raise ValueError(f"{name}: trim_fraction is {trim_fraction}; it needs to be at least 0 and less than 1.")
     if not isinstance(n_clients, int):

@@ -79,7 +79,7 @@ BAD_UPDATES = {
     "key": (jax.random.split(KEY, 4), TypeError, "updates", "key", "floating-point"),
     "text": ({"w": "weights"}, TypeError, "updates['w']", "str 'weights'", "floating-point"),
     "object": ({"w": object()}, TypeError, "updates['w']", "object", "floating-point"),
-    "scalar leaf": ({"w": X, "b": jnp.float32(1)}, ValueError, "updates['b']", "scalar", "client axis"),
+    "scalar leaf": ({"w": X, "b": jnp.float32(1)}, ValueError, "updates['b']", "(float32[])", "stack_clients"),
     "mismatched": ({"a": X, "w": jnp.ones((5, 3))}, ValueError, "updates['w']", "5 clients", "['a'] has 4"),
     "no clients": (jnp.ones((0, 3)), ValueError, "updates", "no clients", "float32[0,3]"),
     "no leaves": ({}, ValueError, "updates", "no leaves", "one array"),

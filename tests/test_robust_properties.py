@@ -375,6 +375,15 @@ def test_vmap(name):
 
 
 @each_of_all
+def test_strict_promotion(name):
+    """Under the strictest settings of jax.numpy the values are the same."""
+    x, where = jnp.asarray(samples(11)).astype(jnp.bfloat16), jnp.arange(11) != 3
+    wanted = ALL[name](x, where=where)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(ALL[name](x, where=where), wanted)
+
+
+@each_of_all
 def test_a_second_call_outside_of_jit_compiles_nothing(name, caplog):
     ALL[name](jnp.asarray(samples(11)))
     values = jnp.asarray(samples(11, seed=1))

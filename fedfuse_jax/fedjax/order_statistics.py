@@ -84,7 +84,8 @@ def trimmed_mean_aggregator(
     Raises:
         ValueError: `trim_fraction` or `trim_count` is out of range. From `apply`: there is no
             client at all, the trim leaves nobody, or the clients' trees or shapes differ.
-        TypeError: `pre_aggregators` holds something else. From `apply`: a leaf is not floating.
+        TypeError: `trim_fraction` is not a Python number or `trim_count` not a Python integer, or
+            `pre_aggregators` holds something else. From `apply`: a leaf is not floating.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,15 +105,17 @@ def trimmed_mean_aggregator(
         *Determinism*: the same bits for the same clients in the same order. A new number of
         clients compiles anew.
     """
+    name = "trimmed_mean_aggregator"
+    checks.python_number(name, "trim_fraction", trim_fraction)
     if not 0 <= trim_fraction < 0.5:
         raise ValueError(
-            f"trimmed_mean_aggregator: trim_fraction is {trim_fraction!r}; it needs a number in "
+            f"{name}: trim_fraction is {trim_fraction!r}; it needs a number in "
             "[0, 0.5): that share of the clients is dropped at each end"
         )
-    if trim_count is not None and trim_count < 0:
-        raise ValueError(f"trimmed_mean_aggregator: trim_count is {trim_count!r}; it needs a whole number >= 0")
+    if trim_count is not None:
+        trim_count = checks.python_int(name, "trim_count", trim_count, 0)
     rule = bound(_trimmed_mean, trim_fraction=trim_fraction, trim_count=trim_count)
-    return stacking_aggregator("trimmed_mean_aggregator", rule, pre_aggregators)
+    return stacking_aggregator(name, rule, pre_aggregators)
 
 
 def _trimmed_mean(updates: Any, *, where: Any, trim_fraction: float, trim_count: Any) -> Any:

@@ -21,7 +21,7 @@ from fedfuse_jax import (
     trimmed_mean,
     weighted_mean,
 )
-from fedfuse_jax.centers import _iterate
+from fedfuse_jax.centers import _iterate, _weiszfeld_pulls
 from fedfuse_jax.compat._selection import mean_of_lowest, neighbor_scores
 from fedfuse_jax.compat.byzfl._rule import (
     Rule,
@@ -153,14 +153,10 @@ class GeometricMedian(Rule):
 
     def _apply(self, vectors: Array) -> Array:
         finite = finite_clients(vectors)
-
-        def pulls(distances: Array) -> Array:
-            pull = jnp.where(finite, 1 / jnp.maximum(distances, self.nu), 0)
-            return pull / jnp.sum(pull)
-
         dtype = reference.accumulator_dtype(vectors.dtype)
         start = jnp.zeros(vectors.shape[1:], dtype)
-        (result,) = _iterate([vectors], [start], pulls, finite, self.T, [dtype.name], None)
+        numbers = {"present": finite, "weights": None, "floor": jnp.asarray(self.nu, dtype)}
+        (result,) = _iterate([vectors], [start], finite, numbers, _weiszfeld_pulls, self.T, (dtype.name,), None)
         return result
 
 

@@ -68,7 +68,7 @@ class _ServerOptimizer:
 
     def _check(self, argument: str, least: float = -math.inf, most: float = math.inf) -> None:
         name, value = type(self).__name__, getattr(self, argument)
-        if math.isinf(checks.python_number(name, argument, value, least, most)):
+        if not math.isfinite(checks.python_number(name, argument, value, least, most)):
             raise ValueError(f"{name}: {argument} is {value}; it needs to be finite.")
 
 
