@@ -46,7 +46,7 @@ def as_array(operation: str, argument: str, value: Any, needed: str) -> Array:
         raise TypeError(f"{operation}: {argument} is a PRNG key array ({describe(value)}); it needs {needed}.")
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         message = f"{operation}: {argument} is not an array (got {describe(value)}); it needs {needed}."
         raise TypeError(message) from error
 

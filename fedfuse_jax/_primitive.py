@@ -406,6 +406,10 @@ class Operation:
         """How the operands are to lie on the mesh, what every device does, and how the results lie then."""
         operand_axes, result_axes = self._axes([len(shape) for shape in shapes], layout)
         mesh_axes = self._choose_mesh_axes(mesh, shapes, specs, operand_axes)
+        # Different operands may ask for one mesh axis for two axes of a third, or of a result: the first keeps it.
+        for axes in (*operand_axes, *result_axes):
+            kept = _without_repeats([mesh_axes.get(axis, ()) for axis in axes])
+            mesh_axes.update({axis: _as_tuple(entry) for axis, entry in zip(axes, kept, strict=True)})
 
         def run(*flat: Array) -> list[Array]:
             share = self._partitioned or self.run_partitioned

@@ -107,6 +107,11 @@ def _int32_indices(operation: str, indices: Any, shape: Any, num_params: int) ->
     return array.astype(np.int32)
 
 
+def _whole(leaves: checks.Leaves) -> list[Array]:
+    """The leaves of one client's update, gathered where types say that they are sharded."""
+    return [internals.replicated(array) for array in leaves.arrays]
+
+
 def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tuple[Array, Array, PyTree]:
     """Keeps the k entries of greatest magnitude of one client's update, and what it did not send for next time.
 
@@ -170,7 +175,8 @@ def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tup
             if array.dtype != needed:
                 raise TypeError(f"{name}: {path} has dtype {array.dtype}; it needs {needed}.")
         old = left.arrays
-    values, indices, rest = reference.topk_sparsify(leaves.arrays, k, old)
+    arrays = _whole(leaves)
+    values, indices, rest = reference.topk_sparsify(arrays, k, old and [internals.replicated(array) for array in old])
     return values, indices, leaves.unflatten(rest)
 
 
@@ -344,7 +350,7 @@ def quantize(
         block_size = checks.python_int(name, "block_size", block_size, 1)
     if key is not None:
         key = checks.random_key(name, key)
-    return reference.quantize(leaves.arrays, num_bits=num_bits, block_size=block_size, key=key)
+    return reference.quantize(_whole(leaves), num_bits=num_bits, block_size=block_size, key=key)
 
 
 def _check_num_bits(operation: str, num_bits: Any) -> None:
@@ -399,7 +405,7 @@ def hadamard_rotation(update: PyTree, key: Any) -> PyTree:
     """
     leaves = checks.float_leaves("hadamard_rotation", "update", update)
     key = checks.random_key("hadamard_rotation", key)
-    return leaves.unflatten(reference.hadamard_rotation(leaves.arrays, key))
+    return leaves.unflatten(reference.hadamard_rotation(_whole(leaves), key))
 
 
 def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree:
@@ -448,7 +454,7 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree
             raise ValueError(
                 f"{name}: {path} has shape {leaf.shape}; it needs ({length},) for a leaf of shape {shape}."
             )
-    return leaves.unflatten(reference.inverse_hadamard_rotation(leaves.arrays, key, models))
+    return leaves.unflatten(reference.inverse_hadamard_rotation(_whole(leaves), key, models))
 
 
 # --- The sparse sum and its derivatives -------------------------------------------------------------------------

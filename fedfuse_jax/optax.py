@@ -213,7 +213,8 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
     def update(gradients: PyTree, state: ServerState, params: PyTree = None) -> tuple[PyTree, ServerState]:
         del params
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        good = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)])
+        finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)]
+        good = functools.reduce(jnp.logical_and, finite, jnp.array(True))
 
         def step_leaf(gradient: Any, first: Any, second: Any) -> tuple[Any, ...]:
             scalars = [jnp.asarray(scalar, first.dtype) for scalar in (rate, b1, b2, tau)]
@@ -225,7 +226,12 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
         leaves, structure = jax.tree.flatten(gradients)
         moments = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment)]
         stepped = [step_leaf(*each) for each in zip(leaves, *moments, strict=True)]
-        trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
+        trees = [jax.tree.unflatten(structure, [parts[i] for parts in stepped]) for i in range(3)]
         return trees[0], ServerState(state.step + good.astype(np.int32), *trees[1:])
 
-    return optax.GradientTransformation(functools.partial(init_server_state, tau=tau), update)
+    def init(params: PyTree) -> ServerState:
+        if not jax.tree.leaves(params):  # optax.masked and optax.partition may leave none
+            return ServerState(jnp.zeros((), np.int32), params, params)
+        return init_server_state(params, tau=tau)
+
+    return optax.GradientTransformation(init, update)

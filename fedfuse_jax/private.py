@@ -215,7 +215,8 @@ def adaptive_clip_norm(
       target_quantile: γ, a real scalar from 0 to 1: the share of clients that is to stay unclipped.
       learning_rate: η, a real scalar, at least 0.
       key: A JAX key for the noise on the count; ``None``: no noise.
-      count_stddev: σ of that noise, a real scalar, at least 0; it needs a ``key``.
+      count_stddev: σ of that noise, a real scalar, at least 0; it needs a ``key``. Without one, a traced one makes the
+        result NaN unless it is 0.
       where: ``(n_clients,)`` bool, the m clients that take part.
 
     Returns:

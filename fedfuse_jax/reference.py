@@ -502,7 +502,9 @@ def adaptive_clip_norm(
         count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
     num_present = jnp.sum(present, dtype=clip_norm.dtype)
     share = jnp.where(num_present > 0, count / num_present, jnp.nan)
-    return clip_norm * jnp.exp(-learning_rate * (share - target_quantile))
+    moved = clip_norm * jnp.exp(-learning_rate * (share - target_quantile))
+    # Never silently without its noise. (XLA may lose a NaN that goes through exp, before JAX 0.12.)
+    return moved if key is not None else jnp.where(jnp.equal(count_stddev, 0), moved, jnp.nan)
 
 
 # --- Server optimizers ----------------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ def _check_state(name: str, state: Any, params: checks.Leaves) -> tuple[Array, l
     return step, moments
 
 
-# --- The rule, composed of a weighted mean and arithmetic: for derivatives, and several devices ------------------
+# --- The rule, composed of a weighted mean and arithmetic: for derivatives, and shard_map ---------------------------
 
 
 def _mean_here(operands: Operands, dtypes: tuple[str, ...]) -> list[Array]:
@@ -437,15 +437,17 @@ def _mean_here(operands: Operands, dtypes: tuple[str, ...]) -> list[Array]:
     return WEIGHTED_MEAN.bind(linear, dtypes, divide=True)
 
 
-def _compose(
+def _checked_mean(
     operands: Operands,
-    rule: str,
     batch_dims: int,
     mean: Callable[[Operands, tuple[str, ...]], list[Array]],
     over_parameters: Callable[[Array], Array] = lambda count: count,
     over_clients: Callable[[Array], Array] = lambda count: count,
-) -> list[Array]:
-    """The update by ``mean`` and elementwise arithmetic; the last two sum over devices that share a dimension."""
+) -> tuple[list[Array], Array]:
+    """Δ by ``mean``, in the moments' dtypes, and whether it is to be taken.
+
+    The last two arguments sum over devices that share a dimension.
+    """
     updates, where = operands["updates"], operands["where"]
     deltas = mean(operands, tuple(reference.accumulator_dtype(leaf.dtype).name for leaf in updates))
     deltas = [delta.astype(first.dtype) for delta, first in zip(deltas, operands["first_moment"], strict=True)]
@@ -456,6 +458,18 @@ def _compose(
     good = over_parameters(bad) == 0
     if where is not None:
         good = good & (over_clients(jnp.sum(where, axis=-1, dtype=np.int32)) > 0)
+    return deltas, good
+
+
+def _compose(
+    operands: Operands,
+    rule: str,
+    batch_dims: int,
+    mean: Callable[[Operands, tuple[str, ...]], list[Array]],
+    over_parameters: Callable[[Array], Array] = lambda count: count,
+) -> list[Array]:
+    """The update by ``mean`` and elementwise arithmetic."""
+    deltas, good = _checked_mean(operands, batch_dims, mean, over_parameters)
 
     def spread(value: Array, ndim: int) -> Array:
         return value.reshape(value.shape + (1,) * (ndim - value.ndim))
@@ -509,8 +523,14 @@ def _partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, Mesh
         layout = call.layout._replace(out_dtypes=dtypes, attributes=(("divide", True),))
         return linear_partitioned(BoundCall(WEIGHTED_MEAN, layout, None), linear, mesh_axes)
 
-    rule = reference.SERVER_RULES[call.layout.attribute("rule")]
-    return _compose(operands, rule, call.batch_dims, mean, _sum_over(names), _sum_over(clients))
+    deltas, good = _checked_mean(operands, call.batch_dims, mean, _sum_over(names), _sum_over(clients))
+    # The mean is the update of one client, absent if it is not to be taken: the same kernel, and so the same bits.
+    alone = {
+        "updates": [call.over_clients(delta) for delta in deltas],
+        "weights": jnp.ones((*good.shape, 1), reference.accumulator_dtype(*(delta.dtype for delta in deltas))),
+        "where": good[..., None],
+    }
+    return call.run_local({**operands, **alone}, optional=("where",))
 
 
 def _sum_over(names: MeshAxes) -> Callable[[Array], Array]:

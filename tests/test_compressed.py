@@ -433,3 +433,26 @@ def test_the_server_rotates_back_once():
     mean = ff.quantized_weighted_sum(codes, scales, zero_points, np.full(6, 1 / 6, np.float32))
     got = ff.inverse_hadamard_rotation(mean, key, updates[0])
     assert np.abs(got - updates.mean(0)).max() < 0.3  # the range of an unrotated update alone is about 400
+
+
+# --- Several devices --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_a_sharded_update_is_gathered(kind):
+    update = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    key = jax.random.key(2)
+    like = jax.ShapeDtypeStruct((4, 8), np.float32)
+    calls = (
+        lambda x: ff.topk_sparsify(x, 3, x),
+        lambda x: ff.quantize(x, block_size=5, key=key)[0],
+        lambda x: ff.inverse_hadamard_rotation(ff.hadamard_rotation(x, key), key, like),
+        jax.vmap(lambda x: ff.topk_sparsify(x, 3, x)),
+    )
+    mesh = jax.make_mesh((4,), ("a",), (kind,))
+    for call in calls:
+        wanted = jax.jit(call)(update)
+        with jax.set_mesh(mesh):
+            for spec in (P("a"), P(None, "a")):
+                got = jax.jit(call)(jax.device_put(update, NamedSharding(mesh, spec)))
+                assert_close(got, wanted)

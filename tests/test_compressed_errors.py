@@ -31,6 +31,7 @@ BAD_SPARSE = {
     "complex weights": ({"weights": jnp.ones(4, complex)}, TypeError, "weights", "complex64", "real"),
     "where": ({"where": np.ones(3, bool)}, ValueError, "where", "(3,)", "(4,)"),
     "where of integers": ({"where": np.ones(4, int)}, TypeError, "where", "int32", "bool"),
+    "beyond int32": ({"indices": [[2**40]]}, TypeError, "indices", "list [[1099511627776]]", "integers"),
     "float size": ({"num_params": 5.0}, TypeError, "num_params", "float 5.0", "Python integer"),
     "traced size": ({"num_params": jnp.int32(5)}, TypeError, "num_params", "int32[]", "Python integer"),
     "bool size": ({"num_params": True}, TypeError, "num_params", "bool True", "Python integer"),

@@ -124,6 +124,14 @@ def test_a_leaf_of_zeros_stays_one():
     assert mean.tolist() == [0.0] * 5
 
 
+@every_maker
+def test_a_leaf_without_coordinates(name):
+    aggregator = MAKERS[name](KEY)
+    mean, _ = aggregator.apply([("a", {"empty": jnp.zeros((0, 3)), "w": jnp.ones(4)}, 1)], aggregator.init())
+    assert mean["empty"].shape == (0, 3)
+    assert mean["w"].shape == (4,)
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,15 @@ def test_aggregation_and_server_step_in_one_chain():
     np.testing.assert_allclose(moves, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+def test_a_transformation_of_no_leaves(name):
+    """What optax.masked and optax.partition leave of a tree may be nothing."""
+    server = optax.masked(getattr(ffx, name)(0.1), {"w": False})
+    gradients = {"w": jnp.ones(3)}
+    moves, _ = jax.jit(server.update)(gradients, server.init(gradients))
+    assert moves["w"].tolist() == [1.0] * 3
+
+
 def test_an_optax_without_aggregators_is_named(monkeypatch):
     real = builtins.__import__
 

@@ -310,6 +310,12 @@ def test_the_adaptive_rule_of_nobody_is_nan():
         assert np.isnan(got)
 
 
+def test_the_adaptive_rule_is_not_silently_without_its_noise():
+    call = jax.jit(lambda stddev: ff.adaptive_clip_norm(1.0, jnp.ones(3), count_stddev=stddev))
+    assert np.isnan(call(1.0))
+    assert call(0.0) == ff.adaptive_clip_norm(1.0, jnp.ones(3))
+
+
 def test_the_adaptive_rule_under_transformations():
     norms, clip = jnp.linspace(0.5, 1.5, 7), jnp.array([0.5, 1.0, 2.0])
     got = jax.jit(jax.vmap(ff.adaptive_clip_norm, (0, None)))(clip, norms)

@@ -201,6 +201,24 @@ def test_every_device_hears_of_a_bad_coordinate(kind, spoil):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+@each_rule
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_sharded_parameters_step_to_the_same_bits(kind, rule):
+    if not has_kernel(rule.__name__):
+        pytest.skip("XLA contracts products and sums differently for different sizes")
+    updates = jax.random.normal(jax.random.key(1), (5, 64))
+    params = 3 * updates[0]
+    step = jax.jit(functools.partial(rule, learning_rate=0.1))
+    params, state = step(params, ff.init_server_state(params), updates)
+    wanted = jax.device_get(step(params, state, updates))
+    mesh = jax.make_mesh((4,), ("a",), (kind,))
+    with jax.set_mesh(mesh):
+        put = lambda tree, *lead: jax.tree.map(  # noqa: E731
+            lambda x: jax.device_put(x, NamedSharding(mesh, P(*lead, "a") if x.ndim else P())), tree
+        )
+        assert_same_bits(jax.device_get(step(put(params), put(state), put(updates, None))), wanted)
+
+
 def test_within_a_users_own_shard_map():
     params, updates = jnp.ones(8), jnp.ones((3, 8)).at[0, 7].set(jnp.inf)
     state = ff.init_server_state(params)

@@ -293,6 +293,30 @@ def test_one_axis_manual_and_the_other_automatic(case):
         case.check(jax.jit(mapped)(*sharded), values)
 
 
+@pytest.mark.parametrize("rule", ["weighted_sum", "clipped_weighted_sum", "noisy_weighted_sum"])
+def test_one_mesh_axis_asked_for_twice(rule):
+    """One leaf's clients lie where another leaf's parameters do: both the sum and its pull-back find a plan."""
+    import fedfuse_jax as ff
+
+    generator = np.random.default_rng(0)
+    updates = {name: generator.standard_normal((4, 8)).astype(np.float32) for name in "xy"}
+    weights = np.arange(1, 5, dtype=np.float32)
+    call = {
+        "weighted_sum": ff.weighted_sum,
+        "clipped_weighted_sum": functools.partial(ff.clipped_weighted_sum, max_norm=1.0),
+        "noisy_weighted_sum": lambda x, w: ff.noisy_weighted_sum(jax.random.key(0), x, w, 0.5),
+    }[rule]
+
+    def loss(*arguments):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(call(*arguments)))
+
+    wanted = jax.value_and_grad(loss, (0, 1))(updates, weights)
+    with mesh_of(Layout((2, 2))) as mesh:
+        specs = {"x": P(("a", "b")), "y": P(None, "a")}
+        sharded = {name: jax.device_put(updates[name], NamedSharding(mesh, spec)) for name, spec in specs.items()}
+        assert_close(jax.jit(jax.value_and_grad(loss, (0, 1)))(sharded, weights), wanted)
+
+
 def test_clients_of_a_shard_map_may_be_summed_by_hand():
     """What docs recommend for clients spread over devices: sum here, psum there."""
     import fedfuse_jax as ff

@@ -265,7 +265,8 @@ def _leaf_by_leaf(function: Callable[..., Any], params: Any, rng: Any, *others: 
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(rng, len(leaves))
     rest = [jax.tree.leaves(other) for other in others]
-    return jax.tree.unflatten(structure, [function(*each) for each in zip(leaves, keys, *rest, strict=True)])
+    mapped = [function(*each) if each[0].size else each[0] for each in zip(leaves, keys, *rest, strict=True)]
+    return jax.tree.unflatten(structure, mapped)
 
 
 @jax.jit
