@@ -121,6 +121,17 @@ def test_a_traced_bound_that_makes_no_sense_gives_nan(bound):
     assert np.isnan(got).all()
 
 
+def test_nobody_is_added_before_all_norms_are_known():
+    """Enough to be shared by threads; another bound each time, so that what memory holds from the last is wrong."""
+    updates, weights = jax.random.normal(jax.random.key(2), (16, 50_001)), jnp.ones(16)
+    shares = np.asarray(updates, np.float64) / np.linalg.norm(np.asarray(updates, np.float64), axis=1)[:, None]
+    clipped_sum = jax.jit(ff.clipped_weighted_sum)
+    for bound in [1.0, 100.0] * 10:
+        np.testing.assert_allclose(
+            clipped_sum(updates, weights, bound), bound * shares.sum(axis=0), atol=1e-6 * bound, rtol=1e-5
+        )
+
+
 # --- Noise ------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +227,8 @@ def test_statistics_of_the_noise():
 )
 def test_every_device_makes_the_noise_of_its_own_coordinates(mesh_shape, specs, kind):
     """The same bits as on one device, without a collective."""
-    shapes = {"w": (8, 4, 6), "v": (4096 * 4,), "b": ()}
+    # More coordinates to a device than fit a task, whose bounds are not those of the device's rows.
+    shapes = {"w": (8, 12, 300), "v": (4096 * 4,), "b": ()}
     updates = {name: jax.random.normal(jax.random.key(1), (3, *shape)) for name, shape in shapes.items()}
     weights = jnp.array([1.0, -2.0, 0.5])
     wanted = jax.jit(ff.noisy_weighted_sum)(KEY, updates, weights, 0.5)
