@@ -66,6 +66,22 @@ def test_a_bad_round_changes_nothing(rule, bad):
 
 
 @each_rule
+@pytest.mark.parametrize("shared", [True, False], ids=["one model", "a model each"])
+def test_rounds_of_a_batch_are_judged_one_by_one(rule, shared):
+    """Where all rounds start from one model, no result can take the place of its operand."""
+    params, state = some_state(rule)
+    rounds = [updates_of(3, 1), jax.tree.map(lambda x: x.at[1].set(jnp.nan), updates_of(3, 2)), updates_of(3, 3)]
+    step = jax.jit(functools.partial(rule, learning_rate=0.1))
+    for order in ((0, 1, 2), (1, 0, 2)):
+        updates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[rounds[i] for i in order])
+        start = (params, state) if shared else jax.tree.map(lambda x: jnp.stack([x] * 3), (params, state))
+        got = jax.jit(jax.vmap(step, in_axes=(None if shared else 0,) * 2 + (0,)))(*start, updates)
+        for place, i in enumerate(order):
+            one = jax.tree.map(lambda x, place=place: x[place], got)
+            assert_same_bits(one, (params, state) if i == 1 else step(params, state, rounds[i]))
+
+
+@each_rule
 def test_an_absent_client_s_nan_does_not_matter(rule):
     params, state = some_state(rule)
     updates = jax.tree.map(lambda x: x.at[1].set(jnp.nan), updates_of(3))
