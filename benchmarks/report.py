@@ -140,11 +140,13 @@ def markdown(report: Report) -> str:
         for row in report["rows"]
         if row["leaves"] == 1 and not is_of_a_system(row)
     ]
+    patience = report["options"]["patience"]
+    fewer = f", three at least of a contender that had used {patience:g} s" if patience else ""
     parts = [
         f"*{_headline(report)}*",
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); the floor is the time to\n"
         "move every input and every result once at the rate a probe reached between the calls. Medians of "
-        f"{report['options']['repetitions']} interleaved repetitions.",
+        f"{report['options']['repetitions']} interleaved repetitions{fewer}.",
         markdown_table(COLUMNS, rows),
     ]
     if others := system_cells(report):

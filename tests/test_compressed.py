@@ -184,7 +184,7 @@ LAYOUTS = [
     (num_params, num_bits, block_size, dtype)
     for num_params, block_size in [
         (1, None), (37, None), (64, None), (48, 16), (48, 8), (50, 16), (33, 7), (21, 1), (20, 100), (9000, 4500),
-        (9001, 3000), (10_000, 32), (0, None), (0, 4),
+        (9001, 3000), (1000, 131), (10_000, 32), (0, None), (0, 4),
     ]
     for num_bits in (8, 4)
     for dtype in ("uint8", "int8")
@@ -204,7 +204,7 @@ def test_quantized_sum_of_every_layout(num_params, num_bits, block_size, dtype):
 
 
 FEW_LAYOUTS = [(12, 8, 4, "uint8"), (12, 4, 4, "int8"), (13, 8, 5, "int8"), (13, 4, 5, "uint8"), (13, 4, None, "uint8"),
-               (10, 4, 3, "uint8")]  # fmt: skip
+               (10, 4, 3, "uint8"), (201, 4, 67, "int8")]  # fmt: skip
 few_layouts = pytest.mark.parametrize(("num_params", "num_bits", "block_size", "dtype"), FEW_LAYOUTS)
 
 
