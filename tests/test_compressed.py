@@ -69,6 +69,14 @@ def test_the_order_of_addition_is_client_after_client_then_position():
     assert_same_bits(ff.topk_sparse_weighted_sum(*by_index, weights, 50), got)
 
 
+@pytest.mark.skipif(not has_kernel("topk_sparse_weighted_sum"), reason="promised of the kernel")
+def test_a_last_index_out_of_order_is_added_in_its_client_s_turn():
+    """(1 + 1e8) - 1e8 is 0 in float32; were the 1 added with its neighbours, after the rest, it would be 1."""
+    indices = np.array([[20_000, 30_000, 5], [5, 20_000, 30_000], [5, 20_000, 30_000]], np.int32)
+    values = np.array([[0, 0, 1], [1e8, 0, 0], [-1e8, 0, 0]], np.float32)
+    assert ff.topk_sparse_weighted_sum(values, indices, np.ones(3, np.float32), 40_000)[5] == 0
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
 def test_indices_of_any_integer_dtype(dtype):
     """What int32 cannot hold is out of range, not another index."""

@@ -501,7 +501,7 @@ MUTANTS = (
            compressed("sparse_sum_of_many")),
     Mutant(COMPRESSED, COMPRESSED_TILES, "const std::int64_t last = std::min(first + kStretch, count - 1);",
            "const std::int64_t last = std::min(first + kStretch, count - 2);", "does not look at the last index",
-           compressed("sparse_sum_of_many")),
+           compressed("last_index")),
     Mutant(COMPRESSED, COMPRESSED_TILES, "return static_cast<std::uint32_t>(index) < end;", "return index < 1 << 30;",
            "an index out of range is not ignored", compressed("sparse_sum_of_many")),
     Mutant(COMPRESSED, COMPRESSED_TILES, "const bool counts = present && indices[i] >= 0",
