@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,27 @@ def test_wrong_buffers_are_refused(case, batch):
     if not batch:  # shapes are named for the single call
         right = RIGHT_ALL_THE_SAME[case.row.operation]
         assert [what for what in accepted if not re.fullmatch(right, what)] == []
+
+
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_codes_that_are_too_few_for_their_coordinates_are_refused(num_bits):
+    """Where the number of coordinates is said, the codes do not say it themselves."""
+    if not has_kernel("quantized_weighted_sum"):
+        pytest.skip("no compiled kernel: nothing to refuse")
+    codes, per_client = np.ones((3, 37 * num_bits // 8 + (num_bits == 4)), np.uint8), np.ones(3, np.float32)
+    options = {"num_bits": num_bits, "num_params": 37}
+    case = types.SimpleNamespace(
+        row=types.SimpleNamespace(operation="quantized_weighted_sum"),
+        sample=lambda problem: (codes, per_client, per_client, per_client),
+        call=lambda *arrays: ff.quantized_weighted_sum(*arrays, **options),
+    )
+    call = native_call(case)
+    call.run()
+    (place,) = [i for i, operand in enumerate(call.operands) if operand.dtype == np.uint8]
+    short = call.operands[place][..., :-1]
+    message = refusal(dataclasses.replace(call, operands=replaced(call.operands, place, short)))
+    assert message is not None
+    assert "do not fit together" in message
 
 
 @pytest.mark.parametrize("case", FULLEST, ids=str)
