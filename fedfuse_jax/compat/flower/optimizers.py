@@ -1,7 +1,7 @@
 """The strategies with a server optimizer: `strategy(params, state, models, num_examples)`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,20 @@ from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arr
 
 PyTree = Any
 
+# Of the arguments that may not be any finite number.
+_RANGES = {"server_momentum": (0.0, 1.0), "beta_1": (0.0, 1.0), "beta_2": (0.0, 1.0), "tau": (0.0,)}
+
 
 @dataclass(frozen=True)
 class _ServerOptimizer:
     """What all have in common: Δ from models, both forms of them, and rounds that do not count."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(checks.python_number(name, field.name, value, *_RANGES.get(field.name, ()))):
+                raise ValueError(f"{name}: {field.name} is {value}; it needs to be finite.")
 
     def init(self, params: PyTree) -> ServerState:
         """The state before the first round: both moments are zeros, as in Flower."""
@@ -65,11 +75,6 @@ class _ServerOptimizer:
 
     def _step(self, params: PyTree, state: ServerState, delta: PyTree, dtype: Any) -> tuple[PyTree, ServerState]:
         raise NotImplementedError
-
-    def _check(self, argument: str, least: float = -math.inf, most: float = math.inf) -> None:
-        name, value = type(self).__name__, getattr(self, argument)
-        if not math.isfinite(checks.python_number(name, argument, value, least, most)):
-            raise ValueError(f"{name}: {argument} is {value}; it needs to be finite.")
 
 
 @partial(jax.jit, static_argnums=0)
@@ -118,10 +123,6 @@ class FedAvgM(_ServerOptimizer):
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._check("server_learning_rate")
-        self._check("server_momentum", 0.0, 1.0)
-
     def _step(self, params: PyTree, state: ServerState, delta: PyTree, dtype: Any) -> tuple[PyTree, ServerState]:
         rate, momentum = self.server_learning_rate, self.server_momentum
         return fedavgm_weighted_update(params, state, delta, learning_rate=rate, momentum=momentum)
@@ -165,11 +166,6 @@ class FedAdagrad(_ServerOptimizer):
     eta: float = 1e-1
     eta_l: float = 1e-1
     tau: float = 1e-3
-
-    def __post_init__(self) -> None:
-        self._check("eta")
-        self._check("eta_l")
-        self._check("tau", 0.0)
 
     def _step(self, params: PyTree, state: ServerState, delta: PyTree, dtype: Any) -> tuple[PyTree, ServerState]:
         return fedadagrad_weighted_update(params, state, delta, learning_rate=self.eta, tau=self.tau)
@@ -222,11 +218,7 @@ class FedAdam(_ServerOptimizer):
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
-        self._check("eta")
-        self._check("eta_l")
-        self._check("beta_1", 0.0, 1.0)
-        self._check("beta_2", 0.0, 1.0)
-        self._check("tau", 0.0)
+        super().__post_init__()
         if np.float32(self.beta_1) == 1:
             raise ValueError(f"FedAdam: beta_1 is {self.beta_1}; it needs to be less than 1, in float32 too.")
 
@@ -283,13 +275,6 @@ class FedYogi(_ServerOptimizer):
     beta_1: float = 0.9
     beta_2: float = 0.99
     tau: float = 1e-3
-
-    def __post_init__(self) -> None:
-        self._check("eta")
-        self._check("eta_l")
-        self._check("beta_1", 0.0, 1.0)
-        self._check("beta_2", 0.0, 1.0)
-        self._check("tau", 0.0)
 
     def _step(self, params: PyTree, state: ServerState, delta: PyTree, dtype: Any) -> tuple[PyTree, ServerState]:
         betas = {"b1": self.beta_1, "b2": self.beta_2}
