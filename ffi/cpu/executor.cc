@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace fedfuse {
 namespace {
@@ -16,6 +17,16 @@ namespace {
 // Below this, waking another thread costs more than it saves.
 constexpr std::int64_t kSerialCost = 1 << 20;
 
+constexpr std::size_t kCacheLineBytes = 64;
+
+// Tasks in a row, to be taken one by one.
+struct alignas(kCacheLineBytes) Range {
+  std::atomic<std::int64_t> next{0};
+  std::int64_t end = 0;
+};
+
+// A thread has a range of its own, and helps with the others' after it: neighbouring tasks are neighbours in memory,
+// and two threads that first write to one page have it cleared twice.
 struct Stage {
   explicit Stage(Work the_work) : work(std::move(the_work)) {
     if (work.tasks > 0) return;
@@ -25,8 +36,16 @@ struct Stage {
     unfinished = 1;
   }
 
+  void divide(std::int64_t threads) {
+    ranges = std::vector<Range>(static_cast<std::size_t>(threads));
+    for (std::int64_t thread = 0; thread < threads; ++thread) {
+      ranges[thread].next = work.tasks * thread / threads;
+      ranges[thread].end = work.tasks * (thread + 1) / threads;
+    }
+  }
+
   Work work;
-  std::atomic<std::int64_t> next{0};
+  std::vector<Range> ranges;
   std::atomic<std::int64_t> unfinished{work.tasks};
 };
 
@@ -54,18 +73,25 @@ class State {
   std::int64_t cost() const { return cost_; }
   std::int64_t most_tasks() const { return most_tasks_; }
 
-  // Takes tasks until there are none left.
-  void help() {
+  // Before anybody helps: so many threads will, if all of them come.
+  void divide(std::int64_t threads) {
+    for (Stage& stage : stages_) stage.divide(threads);
+  }
+
+  // Takes tasks until there are none left; `thread` is whose come first.
+  void help(std::int64_t thread) {
     for (std::size_t stage = 0; stage < stages_.size(); ++stage) {
       if (stage > 0) wait_for(stage);
-      help_with(stage);
+      const std::size_t ranges = stages_[stage].ranges.size();
+      for (std::size_t range = 0; range < ranges; ++range) help_with(stage, (thread + range) % ranges);
     }
   }
 
  private:
-  void help_with(std::size_t index) {
+  void help_with(std::size_t index, std::size_t range_index) {
     Stage& stage = stages_[index];
-    for (std::int64_t task = stage.next++; task < stage.work.tasks; task = stage.next++) {
+    Range& range = stage.ranges[range_index];
+    for (std::int64_t task = range.next++; task < range.end; task = range.next++) {
       xla::ffi::Error error = xla::ffi::Error::Success();
       // After a failure, tasks are counted and no more.
       if (!failed_) error = attempt([&] { stage.work.run(task); });
@@ -128,11 +154,12 @@ xla::ffi::Future failed(xla::ffi::Error error) {
 xla::ffi::Future execute(xla::ffi::ThreadPool& pool, Work work) {
   auto state = std::make_shared<State>(std::move(work));
   xla::ffi::Future future = state->future();
-  if (state->cost() >= kSerialCost) {
-    const std::int64_t helpers = std::min<std::int64_t>(pool.num_threads(), state->most_tasks()) - 1;
-    for (std::int64_t helper = 0; helper < helpers; ++helper) pool.Schedule([state] { state->help(); });
-  }
-  state->help();
+  std::int64_t threads = 1;
+  if (state->cost() >= kSerialCost) threads = std::min<std::int64_t>(pool.num_threads(), state->most_tasks());
+  threads = std::max<std::int64_t>(threads, 1);
+  state->divide(threads);
+  for (std::int64_t thread = 1; thread < threads; ++thread) pool.Schedule([state, thread] { state->help(thread); });
+  state->help(0);
   return future;
 }
 

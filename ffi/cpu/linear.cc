@@ -39,7 +39,7 @@ void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
   void* result = tile_data(reduced, problem.shape, tile);
   void* out = result;
   if (reduced.type != accumulator) {
-    sums.resize(kSumColumns);
+    sums.resize(tile.columns);
     out = sums.data();
   }
   linear_kernels(updates.type)
@@ -57,7 +57,7 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
   const Type accumulator = accumulator_of(spread.type);
   const void* values = tile_data(cotangents, problem.shape, tile);
   if (cotangents.type != accumulator) {
-    widened.resize(kSumColumns);
+    widened.resize(tile.columns);
     convert(cotangents.type, values, accumulator, widened.data(), tile.columns);
     values = widened.data();
   }
@@ -75,7 +75,7 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
-  return cut_tiles(problem->shape, kSumColumns, stacked_bytes(problem->shape, problem->updates),
+  return cut_tiles(problem->shape, tile_columns(problem->shape), stacked_bytes(problem->shape, problem->updates),
                    [problem](const Tile& tile) {
                      with_accumulator(problem->updates[tile.leaf].type,
                                       [&](auto zero) { run_tile<decltype(zero)>(*problem, tile); });
@@ -83,7 +83,7 @@ Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
-  return cut_tiles(problem->shape, kSumColumns, stacked_bytes(problem->shape, problem->spread),
+  return cut_tiles(problem->shape, tile_columns(problem->shape), stacked_bytes(problem->shape, problem->spread),
                    [problem](const Tile& tile) {
                      with_accumulator(problem->spread[tile.leaf].type,
                                       [&](auto zero) { spread_tile<decltype(zero)>(*problem, tile); });

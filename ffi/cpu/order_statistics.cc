@@ -10,14 +10,12 @@
 namespace fedfuse {
 namespace {
 
-constexpr std::int64_t kColumns = 2048;
-
 // What sorting costs, in passes over the updates, when it comes to whether a second thread pays.
 constexpr std::int64_t kPasses = 4;
 
 // Memory for one tile's worth of accumulators, one a thread.
 std::byte* scratch() {
-  thread_local std::vector<double> values(kColumns);
+  thread_local std::vector<double> values(kMostColumns);
   return reinterpret_cast<std::byte*>(values.data());
 }
 
@@ -97,7 +95,7 @@ std::int64_t cost_of(const Problem& problem) {
 }  // namespace
 
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
-  return cut_tiles(problem->shape, kColumns, cost_of(*problem), [problem](const Tile& tile) {
+  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
     reduce_tile(*problem, tile,
                 [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
                   kernels.mean(rows.data(), rows.size(), tile.columns, ranks, out);
@@ -106,7 +104,7 @@ Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
-  return cut_tiles(problem->shape, kColumns, cost_of(*problem), [problem](const Tile& tile) {
+  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
     thread_local std::vector<void*> values;
     gather_rows(problem->values[tile.leaf], problem->trim.where, problem->shape, tile, &values);
     reduce_tile(*problem, tile,
@@ -117,7 +115,7 @@ Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const SpreadProblem> problem) {
-  return cut_tiles(problem->shape, kColumns, cost_of(*problem),
+  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem),
                    [problem](const Tile& tile) { spread_tile(*problem, tile); });
 }
 

@@ -193,7 +193,7 @@ void sum_tile(const PrivateSumProblem& problem, const Tile& tile) {
 
 Work cut_sums(std::shared_ptr<const PrivateSumProblem> problem) {
   const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
-  return cut_tiles(problem->shape, kSumColumns, cost, [problem](const Tile& tile) {
+  return cut_tiles(problem->shape, tile_columns(problem->shape), cost, [problem](const Tile& tile) {
     with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { sum_tile<decltype(zero)>(*problem, tile); });
   });
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -12,8 +13,12 @@
 
 namespace fedfuse {
 
-// Columns of a sum over clients: accumulators of so many stay in the first-level cache while the rows go by.
-inline constexpr std::int64_t kSumColumns = 4096;
+// The most columns of a tile. Their accumulators stay in the second-level cache while the rows go by; shorter pieces of
+// rows cost more, since every piece begins with pages whose addresses have to be found and lines nobody has fetched.
+inline constexpr std::int64_t kMostColumns = 16384;
+inline constexpr std::int64_t kFewestColumns = 2048;
+// Tiles a thread should have, so that none waits long for the last one.
+inline constexpr std::int64_t kTilesPerThread = 24;
 
 // A chunk of the coordinates of one leaf, in one element of the batch.
 struct Tile {
@@ -70,6 +75,16 @@ inline void gather_rows(const View& view, const View& where, const Shape& shape,
   for (std::int64_t client = 0; client < shape.clients; ++client, row += stride) {
     if (is_present(where, shape, tile.batch, client)) rows->push_back(row);
   }
+}
+
+// How many columns a tile of this problem should have: a power of two.
+inline std::int64_t tile_columns(const Shape& shape) {
+  static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
+  std::int64_t all = 0;
+  for (std::int64_t coordinates : shape.coordinates) all += coordinates;
+  std::int64_t columns = kMostColumns;
+  while (columns > kFewestColumns && shape.batch.count * all < columns * kTilesPerThread * threads) columns /= 2;
+  return columns;
 }
 
 // Bytes of all the updates, for Work::cost.

@@ -3,13 +3,11 @@
 
 #include "cpu/kernels/elements.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/sweeps.h"
 
 namespace fedfuse {
 namespace FEDFUSE_ISA {
 namespace {
-
-// Rows that are added to an accumulator while it is in a register.
-constexpr int kSweepRows = 8;
 
 template <Type type>
 struct Linear {
@@ -65,8 +63,8 @@ struct Linear {
   };
 
   template <int kRows>
-  static FEDFUSE_INLINE void sweep(const Lane* const* rows, const Accumulator* weights, std::int64_t columns,
-                                   bool is_first, Accumulator* out) {
+  static void sweep(const Lane* const* rows, const Accumulator* weights, std::int64_t columns, bool is_first,
+                    Accumulator* out) {
     std::int64_t column = 0;
     for (; column + kColumns <= columns; column += kColumns) {
       Wide sum = {};
@@ -90,14 +88,9 @@ struct Linear {
     const Accumulator* weights = static_cast<const Accumulator*>(weight_pointer);
     Accumulator* out = static_cast<Accumulator*>(out_pointer);
     const Lane* const* rows = reinterpret_cast<const Lane* const*>(row_pointers);
-    std::int64_t row = 0;
-    for (; row + kSweepRows <= num_rows; row += kSweepRows) {
-      sweep<kSweepRows>(rows + row, weights + row, columns, row == 0, out);
-    }
-    const std::int64_t rest = num_rows - row;
-    if (rest & 4) sweep<4>(rows + row, weights + row, columns, row == 0, out), row += 4;
-    if (rest & 2) sweep<2>(rows + row, weights + row, columns, row == 0, out), row += 2;
-    if (rest & 1) sweep<1>(rows + row, weights + row, columns, row == 0, out);
+    sweep_rows(num_rows, [&](auto count, std::int64_t row) {
+      sweep<decltype(count)::value>(rows + row, weights + row, columns, row == 0, out);
+    });
     if (num_rows == 0) {
       for (std::int64_t column = 0; column < columns; ++column) out[column] = 0;
     }

@@ -2,13 +2,12 @@
 #include "cpu/kernels/quantized.h"
 
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/sweeps.h"
 
 namespace fedfuse {
 namespace FEDFUSE_ISA {
 namespace {
 
-// Rows that are added to an accumulator while it is in a register.
-constexpr int kSweepRows = 8;
 // Coordinates that are worked on at a time: what 16 or 8 bytes hold.
 constexpr int kColumns = 16;
 
@@ -130,8 +129,8 @@ struct Quantized {
   }
 
   template <int kRows>
-  static FEDFUSE_INLINE void sweep(const std::uint8_t* const* rows, const Accumulator* slopes, const Accumulator* zeros,
-                                   std::int64_t begin, std::int64_t columns, bool is_first, Accumulator* out) {
+  static void sweep(const std::uint8_t* const* rows, const Accumulator* slopes, const Accumulator* zeros,
+                    std::int64_t begin, std::int64_t columns, bool is_first, Accumulator* out) {
     std::int64_t column = 0;
     if (kPacked && begin % 2 != 0 && columns > 0) {
       sweep_some<kRows>(rows, slopes, zeros, begin, 1, is_first, out);
@@ -158,13 +157,9 @@ struct Quantized {
     if (num_rows == 0) {
       for (std::int64_t column = 0; column < columns; ++column) out[column] = 0;
     }
-    std::int64_t row = 0;
-    for (; row + kSweepRows <= num_rows; row += kSweepRows) {
-      sweep<kSweepRows>(rows + row, slopes + row, zeros + row, begin, columns, row == 0, out);
-    }
-    for (; row < num_rows; ++row) {
-      sweep<1>(rows + row, slopes + row, zeros + row, begin, columns, row == 0, out);
-    }
+    sweep_rows(num_rows, [&](auto count, std::int64_t row) {
+      sweep<decltype(count)::value>(rows + row, slopes + row, zeros + row, begin, columns, row == 0, out);
+    });
   }
 
   struct DoubleSums {
