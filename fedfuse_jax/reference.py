@@ -804,25 +804,20 @@ def quantize(
     return (codes, scales[0], zero_points[0]) if block_size is None else (codes, scales, zero_points)
 
 
-def _hadamard_matrix(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
-
-
 def walsh_hadamard_transform(vector: Array) -> Array:
     """``H x / √d`` for ``d`` a power of two, in Sylvester's order: orthonormal, symmetric, its own inverse."""
-    size, largest = vector.shape[0], 64
-    factors: list[int] = []
-    while math.prod(factors) < size:
-        factors.append(min(largest, size // math.prod(factors)))
-    # H is a Kronecker product of small ones: each acts along an axis of its own.
-    cube = vector.reshape(factors)
-    for axis, factor in enumerate(factors):
-        matrix = jnp.asarray(_hadamard_matrix(factor), vector.dtype)
-        cube = jnp.moveaxis(jnp.tensordot(cube, matrix, (axis, 0), precision=lax.Precision.HIGHEST), -1, axis)
-    return cube.reshape(-1) / math.sqrt(size)
+    size, distance = vector.shape[0], 1
+    result = vector
+    while distance < size:
+        # Two levels of butterflies in one pass over memory; three are no faster.
+        radix = min(4, size // distance)
+        blocks = result.reshape(-1, radix, distance)
+        parts = [blocks[:, i] for i in range(radix)]
+        for half in (1, 2)[: radix // 2]:
+            parts = [parts[i - half] - parts[i] if i & half else parts[i] + parts[i + half] for i in range(radix)]
+        result = jnp.stack(parts, axis=1).reshape(-1)
+        distance *= radix
+    return result / math.sqrt(size)
 
 
 def padded_size(size: int) -> int:

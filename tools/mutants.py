@@ -100,7 +100,7 @@ PRIVATE_RULES, SERVER_OPERATIONS = "fedfuse_jax/private.py", "fedfuse_jax/server
 PRIVATE_TILES, NOISE_KERNEL = "ffi/cpu/private.cc", "ffi/cpu/kernels/noise.cc"
 CLIPPING, THREEFRY, NORMAL = "ffi/math/clipping.h", "ffi/math/threefry.h", "ffi/math/normal.h"
 SERVER_TILES, SERVER_RULES = "ffi/cpu/server.cc", "ffi/math/server_rules.h"
-EXECUTOR = "ffi/cpu/executor.cc"
+EXECUTOR, TILES, SWEEPS = "ffi/cpu/executor.cc", "ffi/cpu/tiles.h", "ffi/cpu/kernels/sweeps.h"
 FEDJAX_MEAN, FEDJAX_OPTIMIZERS = "fedfuse_jax/fedjax/private.py", "fedfuse_jax/fedjax/server_optimizers.py"
 PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_jax/fedjax/_stacking.py"
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower/aggregators.py"
@@ -203,8 +203,14 @@ MUTANTS = (
            "every row of a sweep has the first one's weight", battery("odd_sizes", "weighted")),
     Mutant(LINEAR, LINEAR_KERNEL, "if (!is_first) sum = load_accumulators(out + column);", "",
            "each sweep starts anew", battery("(odd_sizes or many_clients)", "weighted")),
-    Mutant(LINEAR, LINEAR_KERNEL, "if (rest & 2)", "if (rest & 2 & row)", "drops two rows of three",
-           battery("(odd_sizes or dtypes)", "weighted")),
+    Mutant(LINEAR, SWEEPS, "(num_rows - row + sweeps - 1) / sweeps", "(num_rows - row) / sweeps",
+           "drops the last of 13 rows", battery("(odd_sizes or many_clients)", "weighted")),
+    Mutant(LINEAR, LINEAR_KERNEL, "totals[row] = sums[row].total();", "totals[row] = sums[0].total();",
+           "every row has the first one's squares", battery("(odd_sizes or many_clients)", "squared_norms")),
+    Mutant(LINEAR, TILES, "std::min(columns_[leaf], coordinates_[leaf] - begin)", "columns_[leaf]",
+           "the last tile of a leaf reaches into the next row", battery("odd_sizes", "weighted")),
+    Mutant(LINEAR, EXECUTOR, "work.tasks * (thread + 1) / threads", "work.tasks / threads * (thread + 1)",
+           "tasks that do not divide evenly are lost", battery("(odd_sizes or many_clients)", "weighted")),
     Mutant(LINEAR, LINEAR_KERNEL, "is_first ? 0 : rest", "0", "the last columns forget earlier rows",
            battery("odd_sizes", "weighted")),
     Mutant(LINEAR, LINEAR_KERNEL, "if (num_rows == 0)", "if (num_rows < 0)", "nobody's sum is whatever was there",
@@ -480,7 +486,7 @@ MUTANTS = (
            "NaN becomes a silent zero", compressed("poisons")),
     Mutant(COMPRESSED, REFERENCE, "< positions - below)", "< 0.5)", "rounds at random, but not without bias",
            compressed("unbiased")),
-    Mutant(COMPRESSED, REFERENCE, "return cube.reshape(-1) / math.sqrt(size)", "return cube.reshape(-1)",
+    Mutant(COMPRESSED, REFERENCE, "return result / math.sqrt(size)", "return result",
            "the rotation stretches", compressed("rotation")),
     # --- Compressed updates: rules ------------------------------------------------------------------------------
     Mutant(COMPRESSED, COMPRESSED_RULES, "indices = np.where((indices >= 0) & (indices < num_params), indices, -1)",

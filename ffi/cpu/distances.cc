@@ -56,7 +56,8 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
   const std::int64_t b_count = std::min(kGroupClients, num_present - second * kGroupClients);
   if (b_count <= 0) return;
 
-  double sums[kGroupTiles][kGroupTiles][kPairRows * kPairRows] = {};
+  thread_local std::vector<PairSums> sums;
+  sums.assign(kGroupTiles * kGroupTiles, PairSums());
   const std::int64_t num_blocks = problem.first_block.back();
   const std::int64_t past = (segment + 1) * num_blocks / problem.segments;
   for (std::int64_t block = segment * num_blocks / problem.segments; block < past; ++block) {
@@ -78,7 +79,8 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
         for (std::int64_t j = first == second ? i : 0; j * kPairRows < b_count; ++j) {
           kernels.difference_products(a.rows + i * kPairRows, b.rows + j * kPairRows,
                                       problem.squares ? nullptr : a_factors.rows + i * kPairRows,
-                                      problem.squares ? nullptr : b_factors.rows + j * kPairRows, columns, sums[i][j]);
+                                      problem.squares ? nullptr : b_factors.rows + j * kPairRows, columns,
+                                      &sums[i * kGroupTiles + j]);
         }
       }
     }
@@ -87,8 +89,10 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
   double* const partials = problem.partials + (batch * problem.segments + segment) * shape.clients * shape.clients;
   for (std::int64_t i = 0; i < a_count; ++i) {
     for (std::int64_t j = first == second ? i : 0; j < b_count; ++j) {
-      partials[a_clients[i] * shape.clients + b_clients[j]] =
-          sums[i / kPairRows][j / kPairRows][i % kPairRows * kPairRows + j % kPairRows];
+      const PairSums& tile = sums[i / kPairRows * kGroupTiles + j / kPairRows];
+      double sum = 0;
+      for (double lane : tile.lanes[i % kPairRows][j % kPairRows]) sum += lane;
+      partials[a_clients[i] * shape.clients + b_clients[j]] = sum;
     }
   }
 }
@@ -222,14 +226,14 @@ Work cut(std::shared_ptr<const PairsProblem> problem) {
 
 Work cut(std::shared_ptr<const MixProblem> problem) {
   const std::int64_t cost = stacked_bytes(problem->shape, problem->updates) * (1 + problem->rows / 8);
-  return cut_tiles(problem->shape, kMixColumns, cost, [problem](const Tile& tile) {
+  return cut_tiles(Tiles(problem->shape, kMixColumns), cost, [problem](const Tile& tile) {
     with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { mix_tile<decltype(zero)>(*problem, tile); });
   });
 }
 
 Work cut(std::shared_ptr<const StepProblem> problem) {
   const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
-  Work work = cut_tiles(problem->shape, kReductionBlock, cost, [problem](const Tile& tile) {
+  Work work = cut_tiles(Tiles(problem->shape, kReductionBlock), cost, [problem](const Tile& tile) {
     with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { step_tile<decltype(zero)>(*problem, tile); });
   });
   work.finish = [problem] {

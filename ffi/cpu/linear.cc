@@ -75,7 +75,7 @@ void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
-  return cut_tiles(problem->shape, tile_columns(problem->shape), stacked_bytes(problem->shape, problem->updates),
+  return cut_tiles(Tiles::balanced(problem->shape), stacked_bytes(problem->shape, problem->updates),
                    [problem](const Tile& tile) {
                      with_accumulator(problem->updates[tile.leaf].type,
                                       [&](auto zero) { run_tile<decltype(zero)>(*problem, tile); });
@@ -83,7 +83,7 @@ Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
-  return cut_tiles(problem->shape, tile_columns(problem->shape), stacked_bytes(problem->shape, problem->spread),
+  return cut_tiles(Tiles::balanced(problem->shape), stacked_bytes(problem->shape, problem->spread),
                    [problem](const Tile& tile) {
                      with_accumulator(problem->spread[tile.leaf].type,
                                       [&](auto zero) { spread_tile<decltype(zero)>(*problem, tile); });

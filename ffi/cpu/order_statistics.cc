@@ -95,7 +95,7 @@ std::int64_t cost_of(const Problem& problem) {
 }  // namespace
 
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
-  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
+  return cut_tiles(Tiles::balanced(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
     reduce_tile(*problem, tile,
                 [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, void* out) {
                   kernels.mean(rows.data(), rows.size(), tile.columns, ranks, out);
@@ -104,7 +104,7 @@ Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
-  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
+  return cut_tiles(Tiles::balanced(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
     thread_local std::vector<void*> values;
     gather_rows(problem->values[tile.leaf], problem->trim.where, problem->shape, tile, &values);
     reduce_tile(*problem, tile,
@@ -115,7 +115,7 @@ Work cut(std::shared_ptr<const SelectedMeanProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const SpreadProblem> problem) {
-  return cut_tiles(problem->shape, tile_columns(problem->shape), cost_of(*problem),
+  return cut_tiles(Tiles::balanced(problem->shape), cost_of(*problem),
                    [problem](const Tile& tile) { spread_tile(*problem, tile); });
 }
 

@@ -4,6 +4,7 @@
 #include "cpu/convert.h"
 #include "cpu/isa.h"
 #include "cpu/operations.h"
+#include "cpu/squares.h"
 #include "cpu/tiles.h"
 #include "math/blocks.h"
 
@@ -44,20 +45,16 @@ ScaledSum sum_scaled_squares(const double* row, std::int64_t columns) {
 void norm_tile(const ClientNormsProblem& problem, const Tile& tile) {
   const Shape& shape = problem.shape;
   const View& updates = problem.updates[tile.leaf];
-  const LinearKernels& kernels = linear_kernels(updates.type);
-  const std::int64_t row_bytes = shape.coordinates[tile.leaf] * bytes_of(updates.type);
   const std::int64_t num_blocks = problem.first_block.back();
-  const std::byte* row = tile_data(updates, shape, tile);
   ScaledSum* partial = problem.partials + tile.batch * shape.clients * num_blocks + problem.first_block[tile.leaf] +
                        tile.begin / kReductionBlock;
-  for (std::int64_t client = 0; client < shape.clients; ++client, row += row_bytes, partial += num_blocks) {
-    *partial = {0, 0};
-    if (!is_present(problem.where, shape, tile.batch, client)) continue;
-    partial->sum = kernels.sum_of_squares(row, tile.columns);
-    if (updates.type == Type::kFloat64 && !is_safe_sum_of_squares(partial->sum) && !std::isnan(partial->sum)) {
-      *partial = sum_scaled_squares(reinterpret_cast<const double*>(row), tile.columns);
+  for_each_square(updates, problem.where, shape, tile, [&](const void* row, double sum) {
+    *partial = {sum, 0};
+    if (row != nullptr && updates.type == Type::kFloat64 && !is_safe_sum_of_squares(sum) && !std::isnan(sum)) {
+      *partial = sum_scaled_squares(static_cast<const double*>(row), tile.columns);
     }
-  }
+    partial += num_blocks;
+  });
 }
 
 // Adds a client's partial sums, block after block.
@@ -83,8 +80,8 @@ void for_each_norm(const ClientNormsProblem& problem, Use use) {
 
 Work cut_norms(std::shared_ptr<const ClientNormsProblem> problem, std::function<void()> finish) {
   const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
-  Work work =
-      cut_tiles(problem->shape, kReductionBlock, cost, [problem](const Tile& tile) { norm_tile(*problem, tile); });
+  Work work = cut_tiles(Tiles(problem->shape, kReductionBlock), cost,
+                        [problem](const Tile& tile) { norm_tile(*problem, tile); });
   work.finish = std::move(finish);
   return work;
 }
@@ -193,7 +190,7 @@ void sum_tile(const PrivateSumProblem& problem, const Tile& tile) {
 
 Work cut_sums(std::shared_ptr<const PrivateSumProblem> problem) {
   const std::int64_t cost = stacked_bytes(problem->shape, problem->updates);
-  return cut_tiles(problem->shape, tile_columns(problem->shape), cost, [problem](const Tile& tile) {
+  return cut_tiles(Tiles::balanced(problem->shape), cost, [problem](const Tile& tile) {
     with_accumulator(problem->updates[tile.leaf].type, [&](auto zero) { sum_tile<decltype(zero)>(*problem, tile); });
   });
 }

@@ -3,6 +3,7 @@
 #include "cpu/convert.h"
 #include "cpu/isa.h"
 #include "cpu/operations.h"
+#include "cpu/squares.h"
 #include "cpu/tiles.h"
 
 namespace fedfuse {
@@ -15,7 +16,6 @@ void dot_tile(const ClientDotsProblem& problem, const Tile& tile) {
   const View& updates = problem.updates[tile.leaf];
   const View& others = problem.others[tile.leaf];
   const Type accumulator = accumulator_of(updates.type);
-  const bool squares = updates.data == others.data;
   const std::int64_t row_bytes = shape.coordinates[tile.leaf] * bytes_of(updates.type);
   const std::int64_t other_bytes = problem.shared ? 0 : shape.coordinates[tile.leaf] * bytes_of(others.type);
   const std::byte* row = tile_data(updates, shape, tile);
@@ -24,13 +24,18 @@ void dot_tile(const ClientDotsProblem& problem, const Tile& tile) {
   const std::int64_t num_blocks = problem.first_block.back();
   double* partial = problem.partials + tile.batch * shape.clients * num_blocks + problem.first_block[tile.leaf] +
                     tile.begin / kReductionBlock;
+  if (updates.data == others.data) {
+    for_each_square(updates, problem.where, shape, tile, [&](const void*, double sum) {
+      *partial = sum;
+      partial += num_blocks;
+    });
+    return;
+  }
   widened.resize(kReductionBlock);
   bool shared_is_widened = false;
   for (std::int64_t client = 0; client < shape.clients; ++client) {
     if (!is_present(problem.where, shape, tile.batch, client)) {
       *partial = 0;
-    } else if (squares) {
-      *partial = kernels.sum_of_squares(row, tile.columns);
     } else {
       const void* values = other;
       if (others.type != accumulator) {
@@ -83,7 +88,7 @@ void mark_finite(const FiniteClientsProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const ClientDotsProblem> problem) {
-  Work work = cut_tiles(problem->shape, kReductionBlock, stacked_bytes(problem->shape, problem->updates),
+  Work work = cut_tiles(Tiles(problem->shape, kReductionBlock), stacked_bytes(problem->shape, problem->updates),
                         [problem](const Tile& tile) { dot_tile(*problem, tile); });
   work.finish = [problem] { add_partials(*problem); };
   return work;
@@ -91,7 +96,7 @@ Work cut(std::shared_ptr<const ClientDotsProblem> problem) {
 
 Work cut(std::shared_ptr<const FiniteClientsProblem> problem) {
   std::fill_n(reinterpret_cast<bool*>(problem->finite.data), problem->shape.batch.count * problem->shape.clients, true);
-  return cut_tiles(problem->shape, kReductionBlock, stacked_bytes(problem->shape, problem->updates),
+  return cut_tiles(Tiles(problem->shape, kReductionBlock), stacked_bytes(problem->shape, problem->updates),
                    [problem](const Tile& tile) { mark_finite(*problem, tile); });
 }
 

@@ -80,7 +80,7 @@ void step_tile(const ServerUpdateProblem& problem, const Tile& tile) {
 }  // namespace
 
 Work cut(std::shared_ptr<const ServerUpdateProblem> problem) {
-  const Tiles tiles(problem->shape, tile_columns(problem->shape));
+  const Tiles tiles = Tiles::balanced(problem->shape);
   std::fill_n(problem->accepted, problem->shape.batch.count, 1);
 
   Work work = cut(std::shared_ptr<const WeightedSumProblem>(problem, &problem->mean));
@@ -95,7 +95,7 @@ Work cut(std::shared_ptr<const ServerUpdateProblem> problem) {
     const std::int64_t bytes = bytes_of(problem->old.params[leaf].type) + 2 * bytes_of(problem->old.first[leaf].type);
     cost += 2 * problem->shape.batch.count * problem->shape.coordinates[leaf] * bytes;
   }
-  Work step = cut_tiles(problem->shape, tile_columns(problem->shape), cost, [problem](const Tile& tile) {
+  Work step = cut_tiles(Tiles::balanced(problem->shape), cost, [problem](const Tile& tile) {
     if (problem->accepted[tile.batch] == 0) {
       keep(problem->old.params[tile.leaf], problem->updated.params[tile.leaf], problem->shape, tile);
       keep(problem->old.first[tile.leaf], problem->updated.first[tile.leaf], problem->shape, tile);

@@ -7,8 +7,6 @@
 namespace fedfuse {
 namespace {
 
-constexpr std::int64_t kColumns = 16384;
-
 void accumulate_tile(const AccumulateProblem& problem, const Tile& tile) {
   const Shape& shape = problem.shape;
   const View& update = problem.update[tile.leaf];
@@ -42,11 +40,12 @@ Work cut(std::shared_ptr<const AccumulateProblem> problem) {
   for (std::int64_t coordinates : problem->shape.coordinates) {
     cost += problem->shape.batch.count * coordinates * (2 * sizeof(float) + sizeof(float));
   }
-  return cut_tiles(problem->shape, kColumns, cost, [problem](const Tile& tile) { accumulate_tile(*problem, tile); });
+  return cut_tiles(Tiles::balanced(problem->shape), cost,
+                   [problem](const Tile& tile) { accumulate_tile(*problem, tile); });
 }
 
 Work cut(std::shared_ptr<const StackProblem> problem) {
-  return cut_tiles(problem->shape, kColumns, 2 * stacked_bytes(problem->shape, problem->stacked),
+  return cut_tiles(Tiles::balanced(problem->shape), 2 * stacked_bytes(problem->shape, problem->stacked),
                    [problem](const Tile& tile) { stack_tile(*problem, tile); });
 }
 

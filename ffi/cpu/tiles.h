@@ -16,9 +16,10 @@ namespace fedfuse {
 // The most columns of a tile. Their accumulators stay in the second-level cache while the rows go by; shorter pieces of
 // rows cost more, since every piece begins with pages whose addresses have to be found and lines nobody has fetched.
 inline constexpr std::int64_t kMostColumns = 16384;
-inline constexpr std::int64_t kFewestColumns = 2048;
-// Tiles a thread should have, so that none waits long for the last one.
-inline constexpr std::int64_t kTilesPerThread = 24;
+// Tiles that a thread has at least, so that none waits long for another's last one, unless they had fewer columns than
+// are worth it.
+inline constexpr std::int64_t kTilesPerThread = 8;
+inline constexpr std::int64_t kFewestColumns = 1024;
 
 // A chunk of the coordinates of one leaf, in one element of the batch.
 struct Tile {
@@ -30,12 +31,23 @@ struct Tile {
 
 class Tiles {
  public:
-  Tiles(const Shape& shape, std::int64_t chunk) : coordinates_(shape.coordinates), chunk_(chunk) {
-    first_tile_.push_back(0);
-    for (std::int64_t coordinates : coordinates_) {
-      first_tile_.push_back(first_tile_.back() + (coordinates + chunk - 1) / chunk);
+  // Pieces of exactly so many columns, and what is left of a leaf.
+  Tiles(const Shape& shape, std::int64_t columns)
+      : Tiles(shape, std::vector<std::int64_t>(shape.coordinates.size(), columns)) {}
+
+  // Pieces of a leaf as like in size as can be, and of a size that keeps the threads busy.
+  static Tiles balanced(const Shape& shape) {
+    static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
+    std::int64_t all = 0;
+    for (std::int64_t coordinates : shape.coordinates) all += shape.batch.count * coordinates;
+    const std::int64_t wanted = std::clamp(all / (threads * kTilesPerThread), kFewestColumns, kMostColumns);
+    std::vector<std::int64_t> columns;
+    for (std::int64_t coordinates : shape.coordinates) {
+      const std::int64_t pieces = std::max<std::int64_t>(1, quotient_up(coordinates, wanted));
+      const std::int64_t grains = quotient_up(quotient_up(coordinates, pieces), kGrain);
+      columns.push_back(std::max<std::int64_t>(1, grains) * kGrain);
     }
-    count_ = shape.batch.count * first_tile_.back();
+    return Tiles(shape, std::move(columns));
   }
 
   std::int64_t count() const { return count_; }
@@ -45,14 +57,29 @@ class Tiles {
     const std::int64_t within = index % per_batch;
     const auto next_leaf = std::upper_bound(first_tile_.begin(), first_tile_.end(), within);
     const std::int64_t leaf = next_leaf - first_tile_.begin() - 1;
-    const std::int64_t begin = (within - first_tile_[leaf]) * chunk_;
-    return {index / per_batch, leaf, begin, std::min(chunk_, coordinates_[leaf] - begin)};
+    const std::int64_t begin = (within - first_tile_[leaf]) * columns_[leaf];
+    return {index / per_batch, leaf, begin, std::min(columns_[leaf], coordinates_[leaf] - begin)};
   }
 
  private:
+  // Whole vectors, and whole tiles of the kernels, whatever the type.
+  static constexpr std::int64_t kGrain = 256;
+  static_assert(kMostColumns % kGrain == 0, "rounding up does not pass it");
+
+  static std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+  Tiles(const Shape& shape, std::vector<std::int64_t> columns)
+      : coordinates_(shape.coordinates), columns_(std::move(columns)) {
+    first_tile_.push_back(0);
+    for (std::size_t leaf = 0; leaf < coordinates_.size(); ++leaf) {
+      first_tile_.push_back(first_tile_.back() + quotient_up(coordinates_[leaf], columns_[leaf]));
+    }
+    count_ = shape.batch.count * first_tile_.back();
+  }
+
   std::vector<std::int64_t> coordinates_;
+  std::vector<std::int64_t> columns_;     // of a tile of each leaf; its last may have fewer
   std::vector<std::int64_t> first_tile_;  // of each leaf, and one past the last
-  std::int64_t chunk_;
   std::int64_t count_;
 };
 
@@ -77,16 +104,6 @@ inline void gather_rows(const View& view, const View& where, const Shape& shape,
   }
 }
 
-// How many columns a tile of this problem should have: a power of two.
-inline std::int64_t tile_columns(const Shape& shape) {
-  static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
-  std::int64_t all = 0;
-  for (std::int64_t coordinates : shape.coordinates) all += coordinates;
-  std::int64_t columns = kMostColumns;
-  while (columns > kFewestColumns && shape.batch.count * all < columns * kTilesPerThread * threads) columns /= 2;
-  return columns;
-}
-
 // Bytes of all the updates, for Work::cost.
 inline std::int64_t stacked_bytes(const Shape& shape, const std::vector<View>& leaves) {
   std::int64_t bytes = 0;
@@ -98,8 +115,7 @@ inline std::int64_t stacked_bytes(const Shape& shape, const std::vector<View>& l
 
 // Work of one task a tile: `run_tile(tile)`.
 template <typename RunTile>
-Work cut_tiles(const Shape& shape, std::int64_t chunk, std::int64_t cost, RunTile run_tile) {
-  const Tiles tiles(shape, chunk);
+Work cut_tiles(const Tiles& tiles, std::int64_t cost, RunTile run_tile) {
   Work work;
   work.tasks = tiles.count();
   work.cost = cost;

@@ -88,7 +88,7 @@ struct Linear {
     const Accumulator* weights = static_cast<const Accumulator*>(weight_pointer);
     Accumulator* out = static_cast<Accumulator*>(out_pointer);
     const Lane* const* rows = reinterpret_cast<const Lane* const*>(row_pointers);
-    sweep_rows(num_rows, [&](auto count, std::int64_t row) {
+    sweep_rows<kSweepRows>(num_rows, [&](auto count, std::int64_t row) {
       sweep<decltype(count)::value>(rows + row, weights + row, columns, row == 0, out);
     });
     if (num_rows == 0) {
@@ -138,34 +138,37 @@ struct Linear {
     }
   }
 
-  // Four running sums a part hide the latency of an addition.
+  // A vector of running sums for each half of each part.
   struct DoubleSums {
-    static constexpr int kChains = 4;
     static constexpr int kHalves = sizeof(double) / sizeof(Accumulator);
-    Vector<double> sums[kChains][kParts][kHalves] = {};
+    Vector<double> sums[kParts][kHalves] = {};
 
-    FEDFUSE_INLINE void add(int chain, const Wide& a, const Wide& b) {
+    FEDFUSE_INLINE void add(const Wide& a, const Wide& b) {
       for (int part = 0; part < kParts; ++part) {
         if constexpr (kHalves == 1) {
-          sums[chain][part][0] += a.parts[part] * b.parts[part];
+          sums[part][0] += a.parts[part] * b.parts[part];
         } else {
           for (int half = 0; half < kHalves; ++half) {
-            sums[chain][part][half] += doubles(a.parts[part], half) * doubles(b.parts[part], half);
+            sums[part][half] += doubles(a.parts[part], half) * doubles(b.parts[part], half);
           }
         }
       }
     }
 
+    FEDFUSE_INLINE void add(const DoubleSums& others) {
+      for (int part = 0; part < kParts; ++part) {
+        for (int half = 0; half < kHalves; ++half) sums[part][half] += others.sums[part][half];
+      }
+    }
+
     static FEDFUSE_INLINE Vector<double> doubles(Vector<Accumulator> floats, int half) {
-      return __builtin_convertvector(half_of<Accumulator>(floats, half != 0), Vector<double>);
+      return widen_half(floats, half != 0);
     }
 
     FEDFUSE_INLINE double total() const {
       Vector<double> sum = {};
-      for (int chain = 0; chain < kChains; ++chain) {
-        for (int part = 0; part < kParts; ++part) {
-          for (int half = 0; half < kHalves; ++half) sum += sums[chain][part][half];
-        }
+      for (int part = 0; part < kParts; ++part) {
+        for (int half = 0; half < kHalves; ++half) sum += sums[part][half];
       }
       double result = 0;
       for (int lane = 0; lane < kLanes<double>; ++lane) result += sum[lane];
@@ -173,31 +176,51 @@ struct Linear {
     }
   };
 
-  // Calls product(column, tail) for every vector, and adds what it gives: a pair of widened vectors to multiply.
+  // Calls whole(sums, column) for every vector and rest(sums, column, count) for what is left, and adds up the sums:
+  // four of them in turn, which hides the latency of an addition.
   template <typename Whole, typename Rest>
   static FEDFUSE_INLINE double sum_products(std::int64_t columns, Whole whole, Rest rest) {
-    DoubleSums sums;
+    constexpr int kChains = 4;
+    DoubleSums chains[kChains];
     std::int64_t column = 0;
-    for (; column + DoubleSums::kChains * kColumns <= columns; column += DoubleSums::kChains * kColumns) {
-      for (int chain = 0; chain < DoubleSums::kChains; ++chain) whole(&sums, chain, column + chain * kColumns);
+    for (; column + kChains * kColumns <= columns; column += kChains * kColumns) {
+      for (int chain = 0; chain < kChains; ++chain) whole(&chains[chain], column + chain * kColumns);
     }
-    for (; column + kColumns <= columns; column += kColumns) whole(&sums, 0, column);
-    if (column < columns) rest(&sums, column, columns - column);
-    return sums.total();
+    for (; column + kColumns <= columns; column += kColumns) whole(&chains[0], column);
+    if (column < columns) rest(&chains[0], column, columns - column);
+    for (int chain = 1; chain < kChains; ++chain) chains[0].add(chains[chain]);
+    return chains[0].total();
   }
 
-  static double sum_of_squares(const void* row_pointer, std::int64_t columns) {
-    const Lane* row = static_cast<const Lane*>(row_pointer);
-    return sum_products(
-        columns,
-        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
-          const Wide values = widened(row + column);
-          sums->add(chain, values, values);
-        },
-        [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
-          const Wide values = widened(Tail(row + column, count).elements);
-          sums->add(0, values, values);
-        });
+  // Rows whose squares are summed side by side: streams that memory serves at once, and sums that hide each other's
+  // latency. A row is summed in the same way whoever goes beside it.
+  static constexpr int kSquareRows = kParts == 1 ? 4 : 2;
+
+  template <int kRows>
+  static void square(const Lane* const* rows, std::int64_t columns, double* totals) {
+    DoubleSums sums[kRows];
+    std::int64_t column = 0;
+    for (; column + kColumns <= columns; column += kColumns) {
+      for (int row = 0; row < kRows; ++row) {
+        const Wide values = widened(rows[row] + column);
+        sums[row].add(values, values);
+      }
+    }
+    for (int row = 0; row < kRows; ++row) {
+      if (column < columns) {
+        const Wide values = widened(Tail(rows[row] + column, columns - column).elements);
+        sums[row].add(values, values);
+      }
+      totals[row] = sums[row].total();
+    }
+  }
+
+  static void sums_of_squares(const void* const* row_pointers, std::int64_t num_rows, std::int64_t columns,
+                              double* totals) {
+    const Lane* const* rows = reinterpret_cast<const Lane* const*>(row_pointers);
+    sweep_rows<kSquareRows>(num_rows, [&](auto count, std::int64_t row) {
+      square<decltype(count)::value>(rows + row, columns, totals + row);
+    });
   }
 
   static double dot(const void* row_pointer, const void* others_pointer, std::int64_t columns) {
@@ -205,11 +228,10 @@ struct Linear {
     const Accumulator* others = static_cast<const Accumulator*>(others_pointer);
     return sum_products(
         columns,
-        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
-          sums->add(chain, widened(row + column), load_accumulators(others + column));
-        },
+        [=](DoubleSums* sums, std::int64_t column)
+            __attribute__((always_inline)) { sums->add(widened(row + column), load_accumulators(others + column)); },
         [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
-          sums->add(0, widened(Tail(row + column, count).elements),
+          sums->add(widened(Tail(row + column, count).elements),
                     load_accumulators(AccumulatorTail(others + column, count).values));
         });
   }
@@ -272,20 +294,20 @@ struct Linear {
     const Accumulator* others = static_cast<const Accumulator*>(others_pointer);
     return sum_products(
         columns,
-        [=](DoubleSums* sums, int chain, std::int64_t column) __attribute__((always_inline)) {
+        [=](DoubleSums* sums, std::int64_t column) __attribute__((always_inline)) {
           const Wide values = difference(widened(row + column), load_accumulators(others + column));
-          sums->add(chain, values, values);
+          sums->add(values, values);
         },
         [=](DoubleSums* sums, std::int64_t column, std::int64_t count) __attribute__((always_inline)) {
           const Wide values = difference(widened(Tail(row + column, count).elements),
                                          load_accumulators(AccumulatorTail(others + column, count).values));
-          sums->add(0, values, values);
+          sums->add(values, values);
         });
   }
 
   // As many rows of b as there are registers for sums next to kPairRows of a.
   static constexpr int kPairSide = kVectorBytes == 64 ? kPairRows : kPairRows / 2;
-  static constexpr int kShortBlock = 32;  // vectors whose products are added in the accumulator type
+  static constexpr int kShortBlock = 64;  // vectors whose products are added in the accumulator type
 
   // Rows at one column, widened.
   template <int kRows>
@@ -298,8 +320,8 @@ struct Linear {
 
   template <bool kSquares>
   static void multiply_differences(const void* const* a, const void* const* b, const void* const* a_factors,
-                                   const void* const* b_factors, std::int64_t columns, double* sums) {
-    Vector<double> totals[kPairRows][kPairSide] = {};
+                                   const void* const* b_factors, std::int64_t columns, int side, PairSums* sums) {
+    static_assert(kLanes<double> <= kPairLanes, "a vector of float64 fits the lanes of a pair");
     for (std::int64_t column = 0; column < columns;) {
       Vector<Accumulator> block[kPairRows][kPairSide] = {};
       const std::int64_t end = column + kShortBlock * kColumns < columns ? column + kShortBlock * kColumns : columns;
@@ -331,34 +353,31 @@ struct Linear {
       }
       for (int i = 0; i < kPairRows; ++i) {
         for (int j = 0; j < kPairSide; ++j) {
+          double* const lanes = sums->lanes[i][side + j];
           if constexpr (sizeof(Accumulator) == sizeof(double)) {
-            totals[i][j] += block[i][j];
+            store(lanes, load<double>(lanes) + block[i][j]);
           } else {
-            totals[i][j] += DoubleSums::doubles(block[i][j], 0) + DoubleSums::doubles(block[i][j], 1);
+            store(lanes,
+                  load<double>(lanes) + (DoubleSums::doubles(block[i][j], 0) + DoubleSums::doubles(block[i][j], 1)));
           }
         }
-      }
-    }
-    for (int i = 0; i < kPairRows; ++i) {
-      for (int j = 0; j < kPairSide; ++j) {
-        for (int lane = 0; lane < kLanes<double>; ++lane) sums[kPairRows * i + j] += totals[i][j][lane];
       }
     }
   }
 
   static void difference_products(const void* const* a, const void* const* b, const void* const* a_factors,
-                                  const void* const* b_factors, std::int64_t columns, double* sums) {
+                                  const void* const* b_factors, std::int64_t columns, PairSums* sums) {
     for (int side = 0; side < kPairRows; side += kPairSide) {
       if (a_factors == nullptr) {
-        multiply_differences<true>(a, b + side, nullptr, nullptr, columns, sums + side);
+        multiply_differences<true>(a, b + side, nullptr, nullptr, columns, side, sums);
       } else {
-        multiply_differences<false>(a, b + side, a_factors, b_factors + side, columns, sums + side);
+        multiply_differences<false>(a, b + side, a_factors, b_factors + side, columns, side, sums);
       }
     }
   }
 
   static constexpr LinearKernels kernels() {
-    return {weighted_sum,     accumulate,         scale, sum_of_squares, dot, all_finite, step,
+    return {weighted_sum,     accumulate,         scale, sums_of_squares, dot, all_finite, step,
             squared_distance, difference_products};
   }
 };

@@ -12,6 +12,12 @@ namespace fedfuse {
 
 // Rows of either side of the pairs that are worked on at a time.
 inline constexpr int kPairRows = 4;
+// Partial sums of a pair, which are added up at the very end.
+inline constexpr int kPairLanes = 8;
+
+struct alignas(64) PairSums {
+  double lanes[kPairRows][kPairRows][kPairLanes];
+};
 
 // Rows are aligned to their element only; weights, divisor, totals and `out` are of the accumulator type.
 struct LinearKernels {
@@ -25,8 +31,10 @@ struct LinearKernels {
   // out[c] = *weight * values[c], values of the accumulator type, out of the rows' type.
   void (*scale)(const void* values, const void* weight, std::int64_t columns, void* out);
 
-  // The sum of the squares, and of the products with `others` (of the accumulator type), in float64.
-  double (*sum_of_squares)(const void* row, std::int64_t columns);
+  // totals[i] = the sum of the squares of rows[i], in float64.
+  void (*sums_of_squares)(const void* const* rows, std::int64_t num_rows, std::int64_t columns, double* totals);
+
+  // The sum of the products with `others` (of the accumulator type), in float64.
   double (*dot)(const void* row, const void* others, std::int64_t columns);
 
   bool (*all_finite)(const void* row, std::int64_t columns);
@@ -38,11 +46,11 @@ struct LinearKernels {
   // The sum of the squared differences from `others` (of the accumulator type), in float64.
   double (*squared_distance)(const void* row, const void* others, std::int64_t columns);
 
-  // sums[kPairRows * i + j] += sum over c of (a[i][c] - b[j][c])^2 for kPairRows rows of either; or, unless a_factors
-  // is null, of (a[i][c] - b[j][c]) * (a_factors[i][c] - b_factors[j][c]). A few dozen products are added in the
-  // accumulator type, the rest in float64.
+  // Adds to the lanes of [i][j] the sum over c of (a[i][c] - b[j][c])^2 for kPairRows rows of either; or, unless
+  // a_factors is null, of (a[i][c] - b[j][c]) * (a_factors[i][c] - b_factors[j][c]). A few dozen products are added in
+  // the accumulator type, the rest in float64.
   void (*difference_products)(const void* const* a, const void* const* b, const void* const* a_factors,
-                              const void* const* b_factors, std::int64_t columns, double* sums);
+                              const void* const* b_factors, std::int64_t columns, PairSums* sums);
 };
 
 // One set for each instruction set that the build has; only call what the processor supports.

@@ -157,7 +157,7 @@ struct Quantized {
     if (num_rows == 0) {
       for (std::int64_t column = 0; column < columns; ++column) out[column] = 0;
     }
-    sweep_rows(num_rows, [&](auto count, std::int64_t row) {
+    sweep_rows<kSweepRows>(num_rows, [&](auto count, std::int64_t row) {
       sweep<decltype(count)::value>(rows + row, slopes + row, zeros + row, begin, columns, row == 0, out);
     });
   }
@@ -179,7 +179,7 @@ struct Quantized {
       if constexpr (kHalves == 1) {
         return numbers;
       } else {
-        return __builtin_convertvector(half_of<Accumulator>(numbers, half != 0), Vector<double>);
+        return widen_half(numbers, half != 0);
       }
     }
 

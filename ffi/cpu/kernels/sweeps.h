@@ -15,21 +15,21 @@ namespace {
 
 // The most rows that are added to an accumulator while it is in a register. A row is a stream from memory: with fewer,
 // memory waits for the processor; with 16, as many lines of one set as a first-level cache does not hold.
-constexpr int kMostSweepRows = 12;
+constexpr int kSweepRows = 12;
 
 template <typename Sweep, int... kBelow>
 void sweep_some_rows(std::int64_t count, std::int64_t row, Sweep& sweep, std::integer_sequence<int, kBelow...>) {
   (void)((count == kBelow + 1 && (sweep(std::integral_constant<int, kBelow + 1>(), row), true)) || ...);
 }
 
-// Calls sweep(number of rows, first row), the number as an integral constant, for all rows in order: in as few sweeps
-// as can be, and as like in size.
-template <typename Sweep>
+// Calls sweep(number of rows, first row), the number as an integral constant up to kMost, for all rows in order: in as
+// few sweeps as can be, and as like in size.
+template <int kMost, typename Sweep>
 void sweep_rows(std::int64_t num_rows, Sweep sweep) {
-  std::int64_t sweeps = (num_rows + kMostSweepRows - 1) / kMostSweepRows;
+  std::int64_t sweeps = (num_rows + kMost - 1) / kMost;
   for (std::int64_t row = 0; sweeps > 0; --sweeps) {
     const std::int64_t count = (num_rows - row + sweeps - 1) / sweeps;
-    sweep_some_rows(count, row, sweep, std::make_integer_sequence<int, kMostSweepRows>());
+    sweep_some_rows(count, row, sweep, std::make_integer_sequence<int, kMost>());
     row += count;
   }
 }

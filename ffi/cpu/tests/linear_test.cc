@@ -120,8 +120,13 @@ void test_one_row(Type type, std::int64_t columns) {
   const LinearKernels& linear = linear_kernels(type);
   // Products of floats are exact in float64, and of doubles rounded once; each chain of sums is short.
   const double epsilon = 0x1p-52 * (columns + 8);
-  expect(std::fabs(linear.sum_of_squares(rows.pointers[0], columns) - squares) <= epsilon * squares,
-         what + ": squares");
+  // Beside others, and at the end of them, a row has the sum that it has alone.
+  const std::vector<const void*> again(7, rows.pointers[0]);
+  double sums[8];
+  linear.sums_of_squares(rows.pointers.data(), 1, columns, sums);
+  linear.sums_of_squares(again.data(), 7, columns, sums + 1);
+  expect(std::fabs(sums[0] - squares) <= epsilon * squares, what + ": squares");
+  for (int i = 1; i < 8; ++i) expect(sums[i] == sums[0], what + ": squares beside others");
   expect(std::fabs(linear.dot(rows.pointers[0], other_bytes.data(), columns) - dot) <= epsilon * magnitude,
          what + ": dot");
 
@@ -187,11 +192,11 @@ void test_pairs(Type type, std::int64_t columns) {
       std::string(kernels().name) + " pairs " + name_of(type) + " of " + std::to_string(columns) + " columns";
   Rows a(type, kPairRows, columns, 4), b(type, kPairRows, columns, 5);
   Rows u(type, kPairRows, columns, 6), v(type, kPairRows, columns, 7);
-  double squares[kPairRows * kPairRows] = {}, products[kPairRows * kPairRows] = {};
+  PairSums squares = {}, products = {};
   const LinearKernels& linear = linear_kernels(type);
-  linear.difference_products(a.pointers.data(), b.pointers.data(), nullptr, nullptr, columns, squares);
+  linear.difference_products(a.pointers.data(), b.pointers.data(), nullptr, nullptr, columns, &squares);
   linear.difference_products(a.pointers.data(), b.pointers.data(), u.pointers.data(), v.pointers.data(), columns,
-                             products);
+                             &products);
   const double epsilon = accumulator_of(type) == Type::kFloat64 ? 0x1p-52 : 0x1p-23;
   for (int i = 0; i < kPairRows; ++i) {
     for (int j = 0; j < kPairRows; ++j) {
@@ -202,9 +207,11 @@ void test_pairs(Type type, std::int64_t columns) {
         product += apart * other;
         magnitude += std::fabs(apart * other);
       }
-      const int pair = kPairRows * i + j;
-      expect(std::fabs(squares[pair] - square) <= 36 * epsilon * square, what + ": squares");
-      expect(std::fabs(products[pair] - product) <= 36 * epsilon * magnitude, what + ": products");
+      double got_square = 0, got_product = 0;
+      for (double lane : squares.lanes[i][j]) got_square += lane;
+      for (double lane : products.lanes[i][j]) got_product += lane;
+      expect(std::fabs(got_square - square) <= 36 * epsilon * square, what + ": squares");
+      expect(std::fabs(got_product - product) <= 36 * epsilon * magnitude, what + ": products");
     }
   }
 }
