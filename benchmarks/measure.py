@@ -1,7 +1,8 @@
 """The stopwatch: everybody takes turns in one process, beside probes of what the memory gives at that moment.
 
 The rules, and why: *interleaved*, since a shared machine's speed drifts from minute to minute; *medians*, since
-its accidents only ever slow a run down; *same buffers*, born in a jitted computation, since page size and place
+its accidents only ever slow a run down; *warm, and cold apart*, since whoever had the turn before leaves the caches
+to be filled and its memory to be given back; *same buffers*, born in a jitted computation, since page size and place
 decide how fast memory is; *checked before timed*, since a wrong answer can be had at any speed; *probed twice*,
 since a row whose floor moved while it was measured says nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +41,9 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2, "float16": 2e-
 # One sample lasts at least this long, by calling again and again where one call does not.
 SAMPLE_SECONDS = {"cpu": 1e-3, "gpu": 2e-2}
 MOST_CALLS = 200
+# Where a call is shorter than this, a turn begins with one that does not count: the cold one. The system takes
+# milliseconds to get back what the turn before has freed, after its result was there.
+SHORT_CALL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,17 @@ class Timing:
     first_call: float
     calls_per_sample: int = 1
     samples: list[float] = field(default_factory=list)
+    cold_samples: list[float] = field(default_factory=list)  # the call before each sample, where calls are short
 
     @property
     def seconds(self) -> float:
         """The median sample."""
         return statistics.median(self.samples)
+
+    @property
+    def cold(self) -> float | None:
+        """How many times as long as the median sample the first call of a turn takes."""
+        return statistics.median(self.cold_samples) / self.seconds if self.cold_samples else None
 
 
 # --- Contenders -----------------------------------------------------------------------------------------------
@@ -228,20 +239,26 @@ def interleave(
     platform: str,
     patience: float = math.inf,
 ) -> None:
-    """Fills ``timings``: so many rounds in which everybody has one turn, and another neighbour every round.
+    """Fills ``timings``: so many rounds in which everybody has one turn, in another order every round.
 
     Whoever has used up ``patience`` seconds sits out, but not before three samples.
     """
+    short = set()
     for contender in everybody:
-        warm = sample(contender, 1, platform)
-        wanted = math.ceil(SAMPLE_SECONDS[platform] / max(warm, 1e-7))
+        seconds = sample(contender, 1, platform)
+        if seconds < SHORT_CALL_SECONDS:
+            short.add(contender.name)
+            seconds = sample(contender, 1, platform)
+        wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
         timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
-    for turn in range(repetitions):
-        offset = turn % len(everybody)
-        for contender in (*everybody[offset:], *everybody[:offset]):
+    shuffled = random.Random(0)
+    for _ in range(repetitions):
+        for contender in shuffled.sample(everybody, len(everybody)):
             timing = timings[contender.name]
             used = sum(timing.samples) * timing.calls_per_sample
             if used < patience or len(timing.samples) < min(3, repetitions):
+                if contender.name in short:
+                    timing.cold_samples.append(sample(contender, 1, platform))
                 timing.samples.append(sample(contender, timing.calls_per_sample, platform))
 
 
@@ -316,6 +333,7 @@ def measure_row(
             answers[contender.name] = contender.answer(result)
         if contender.name == OURS:
             written = _bytes_of(result)
+        del result  # or the last one's would be there during everybody's turns
     errors |= wrong_contenders(answers, tolerance)
     del answers
 
@@ -373,6 +391,7 @@ def _row_report(
             name: {
                 "seconds": timing.seconds,
                 "samples": timing.samples,
+                "cold_samples": timing.cold_samples,
                 "calls_per_sample": timing.calls_per_sample,
                 "first_call_seconds": timing.first_call,
             }
@@ -381,6 +400,7 @@ def _row_report(
         },
         "errors": dict(errors),
         "ratios": ratios,
+        "cold": ours.cold if ours is not None else None,
         "fraction_of_floor": fraction,
         "goals": judged(wanted, {**ratios, FLOOR: fraction} if fraction is not None else ratios, conclusive),
         "conclusive": conclusive,

@@ -13,8 +13,8 @@ from benchmarks.systems import SYSTEMS
 
 Report = dict[str, Any]
 
-SCHEMA = 1
-COLUMNS = ("operation", "clients x parameters", "ms", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
+SCHEMA = 2
+COLUMNS = ("operation", "clients x parameters", "ms", "cold", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
 SYSTEM_COLUMNS = ("rule", "clients x parameters", "ms", *(f"vs {system}" for system in SYSTEMS))
 _SIGNS = {True: "met", False: "missed", None: "open"}
 
@@ -79,6 +79,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         row["row"] + ("" if row["conclusive"] else " (inconclusive)"),
         _problem(row).label,
         "wrong" if ours is None else _number(ours["seconds"] * 1e3),
+        "-" if row["cold"] is None else f"{_number(row['cold'])}x",
         *(_ratio(row, peer) for peer in PEERS),
         "-" if fraction is None else f"{fraction:.2f}" + (" (probe fault)" if fraction > 1.1 else ""),
     ]
@@ -144,8 +145,9 @@ def markdown(report: Report) -> str:
     fewer = f", three at least of a contender that had used {patience:g} s" if patience else ""
     parts = [
         f"*{_headline(report)}*",
-        "Ratios are a contender's time over ours in the same run (above 1: we are faster); the floor is the time to\n"
-        "move every input and every result once at the rate a probe reached between the calls. Medians of "
+        "Ratios are a contender's time over ours in the same run (above 1: we are faster); *cold* is our first call\n"
+        "after somebody else's turn over the calls that follow it, of which *ms* and all ratios speak; the floor is\n"
+        "the time to move every input and every result once at the rate a probe reached between the calls. Medians of "
         f"{report['options']['repetitions']} interleaved repetitions{fewer}.",
         markdown_table(COLUMNS, rows),
     ]
