@@ -105,16 +105,49 @@ def _joined(result: Any) -> Answer:
     return [np.concatenate(_arrays(result), axis=-1)] if len(jax.tree.leaves(result)) > 1 else _arrays(result)
 
 
+def _with_own(arguments: tuple[Any, ...], donated: Collection[int], copy: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The arguments, with copies of those that a contender will write over."""
+    return tuple(
+        jax.tree.map(copy, argument) if position in donated else argument for position, argument in enumerate(arguments)
+    )
+
+
+def _threaded(call: Callable[..., Any], arguments: tuple[Any, ...], donated: Collection[int]) -> Callable[[], Any]:
+    """``call`` of the arguments, whose donated ones are from then on the results of the call before."""
+    if not donated:
+        return partial(call, *arguments)
+    state = list(arguments)
+
+    def start() -> Any:
+        results = call(*state)
+        for position, result in zip(donated, results, strict=True):
+            state[position] = result
+        return results
+
+    return start
+
+
 def _jax_contender(
-    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], answer: Callable[[Any], Answer] | None = _arrays
+    name: str,
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    answer: Callable[[Any], Answer] | None = _arrays,
+    donated: tuple[int, ...] = (),
 ) -> Contender:
-    return Contender(name, partial(jax.jit(call), *arguments), jax.block_until_ready, answer)
+    jitted = jax.jit(call, donate_argnums=donated)
+    start = _threaded(jitted, _with_own(arguments, donated, jnp.copy), donated)
+    if donated and answer is not None:
+        # NumPy's view of a result would keep it from being donated to the next call.
+        return Contender(name, start, jax.block_until_ready, lambda result: answer(jax.tree.map(jnp.copy, result)))
+    return Contender(name, start, jax.block_until_ready, answer)
 
 
-def _torch_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...], platform: str) -> Contender:
+def _torch_contender(
+    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], platform: str, donated: tuple[int, ...] = ()
+) -> Contender:
     import torch
 
-    tensors = jax.tree.map(torch.from_dlpack, arguments)
+    tensors = _with_own(jax.tree.map(torch.from_dlpack, arguments), donated, torch.clone)
     wait = (lambda result: torch.cuda.synchronize()) if platform == "gpu" else (lambda result: None)
 
     def answer(result: Any) -> Answer:
@@ -122,11 +155,14 @@ def _torch_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, 
         leaves = [leaf.float() if leaf.dtype == torch.bfloat16 else leaf for leaf in jax.tree.leaves(result)]
         return [leaf.cpu().numpy() for leaf in leaves]
 
-    return Contender(name, partial(call, *tensors), wait, answer)
+    return Contender(name, _threaded(call, tensors, donated), wait, answer)
 
 
-def _numpy_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
-    return Contender(name, partial(call, *jax.tree.map(np.asarray, arguments)), answer=_arrays)
+def _numpy_contender(
+    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...] = ()
+) -> Contender:
+    arrays = _with_own(jax.tree.map(np.asarray, arguments), donated, np.array)
+    return Contender(name, _threaded(call, arrays, donated), answer=_arrays)
 
 
 def contenders(
@@ -137,23 +173,23 @@ def contenders(
         # A tree is only ever compared with our own time for one array: the peers would have to loop.
         tree = as_tree(problem, arguments)
         return [
-            _jax_contender(OURS, row.call, tree, _joined),
-            _jax_contender("one array", row.call, arguments),
+            _jax_contender(OURS, row.call, tree, _joined, row.donated),
+            _jax_contender("one array", row.call, arguments, donated=row.donated),
         ]
-    everybody = [_jax_contender(OURS, row.call, arguments)]
+    everybody = [_jax_contender(OURS, row.call, arguments, donated=row.donated)]
     for name, reference in row.references.items():
         if name == "own float32" and problem.dtype == "float32":
             continue
         call, own_arguments = reference.prepare(arguments)
         everybody.append(_jax_contender(name, call, own_arguments, _arrays if reference.same_result else None))
     if row.natural is not None:
-        everybody.append(_jax_contender("jnp natural", row.natural, arguments))
+        everybody.append(_jax_contender("jnp natural", row.natural, arguments, donated=row.donated))
     if row.best is not None:
-        everybody.append(_jax_contender("jnp best", row.best, arguments))
+        everybody.append(_jax_contender("jnp best", row.best, arguments, donated=row.donated))
     if row.numpy is not None and platform == "cpu":
-        everybody.append(_numpy_contender("numpy", row.numpy, arguments))
+        everybody.append(_numpy_contender("numpy", row.numpy, arguments, row.donated))
     if row.torch is not None and "torch" in others:
-        everybody.append(_torch_contender("torch", row.torch, arguments, platform))
+        everybody.append(_torch_contender("torch", row.torch, arguments, platform, row.donated))
     for system in row.systems.keys() & set(others):
         if system == "byzfl" and "torch" in others:
             everybody.append(_torch_contender(system, row.systems[system], arguments, platform))
@@ -246,9 +282,10 @@ def interleave(
     short = set()
     for contender in everybody:
         seconds = sample(contender, 1, platform)
+        if seconds < 10 * SHORT_CALL_SECONDS:  # that one was cold
+            seconds = sample(contender, 1, platform)
         if seconds < SHORT_CALL_SECONDS:
             short.add(contender.name)
-            seconds = sample(contender, 1, platform)
         wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
         timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
     shuffled = random.Random(0)
@@ -380,6 +417,7 @@ def _row_report(
         "parameters": problem.parameters,
         "dtype": problem.dtype,
         "leaves": problem.leaves,
+        "donated": list(row.donated),
         "bytes": {"read": read, "written": written, "counted": "every input read once, every result written once"},
         "floor": {
             "probe": fastest,

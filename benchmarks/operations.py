@@ -93,6 +93,9 @@ class Row:
     ``arguments`` makes the inputs, inside a jitted computation. All calls take exactly those: jax arrays for ours
     and the two ``jnp`` forms (which are jitted here), NumPy arrays and tensors for the others; of other systems
     ByzFL takes tensors where PyTorch is installed, Flower NumPy arrays.
+
+    ``donated``: the positions of the arguments that a call may write its results over, in their order. The next call
+    takes those results in their place, as the next round of a server does. Everybody has copies of their own.
     """
 
     operation: str
@@ -105,6 +108,7 @@ class Row:
     references: Mapping[str, Reference] = field(default_factory=dict)
     systems: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     variant: str = ""
+    donated: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM)
     gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
     goals: Callable[[Problem], Goals] = lambda problem: {}
@@ -166,7 +170,6 @@ def _list_of_clients(problem: Problem, key: Array) -> tuple[Any, ...]:
 
 
 CLIP_NORM = 500.0  # half of the norm that a million normal numbers have
-ROUNDS = 4  # of a server optimizer in one call, so that all but the first step are in place
 
 
 def _updates_weights_and_key(problem: Problem, key: Array) -> tuple[Any, ...]:
@@ -180,31 +183,28 @@ def _server_round(problem: Problem, key: Array) -> tuple[Any, ...]:
     return params, jnp.zeros(problem.parameters), jnp.full(problem.parameters, 1e-6), client_updates(problem, second)
 
 
-def _rounds(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Several steps from parameters and both moments, in a loop whose carry XLA updates in place."""
-
-    def run(params: Any, first: Any, second: Any, updates: Any) -> Any:
-        return jax.lax.fori_loop(0, ROUNDS, lambda _, old: tuple(step(*old, updates)), (params, first, second))
-
-    return run
-
-
 def _fused(update: Callable[..., Any]) -> Callable[..., Any]:
+    """One step from parameters and both moments to the next."""
+
     def step(params: Any, first: Any, second: Any, updates: Any) -> Any:
-        state = ff.ServerState(jnp.int32(0), first, second)
-        params, state = update(params, state, updates, learning_rate=0.1)
+        params, state = update(params, ff.ServerState(jnp.int32(0), first, second), updates, learning_rate=0.1)
         return params, state.first_moment, state.second_moment
 
-    return _rounds(step)
+    return step
 
 
 def _natural_adam(params: Array, first: Array, second: Array, updates: Array) -> tuple[Array, ...]:
-    return forms.adam_step(params, first, second, jnp.mean(updates, axis=0), jnp)
+    return forms.adam_step(params, first, second, jnp.mean(updates, axis=0))
 
 
 def _best_adam(params: Array, first: Array, second: Array, updates: Array) -> tuple[Array, ...]:
-    delta = jnp.full(len(updates), 1 / len(updates)) @ updates.astype(jnp.float32)
-    return forms.adam_step(params, first, second, delta, jnp)
+    delta = _best_sum(updates, jnp.full(len(updates), 1 / len(updates)))
+    return forms.adam_step(params, first, second, delta)
+
+
+def _best_momentum(params: Array, first: Array, second: Array, updates: Array) -> tuple[Array, ...]:
+    first = 0.9 * first + _best_sum(updates, jnp.full(len(updates), 1 / len(updates)))
+    return params + 0.1 * first, first, second
 
 
 def _sparse_updates(problem: Problem, key: Array) -> tuple[Array, Array]:
@@ -359,7 +359,7 @@ def _noise_goals(problem: Problem) -> Goals:
 
 
 def _server_goals(problem: Problem) -> Goals:
-    return goals(best=1.6, torch=2) if problem.large else {}
+    return goals(best=1.6, torch=2, floor=0.85) if problem.large else {}
 
 
 def _sparse_goals(problem: Problem) -> Goals:
@@ -383,6 +383,7 @@ _BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
 _ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, leaves=100))
 _PRIVATE_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"))
 _SERVER_PROBLEMS = (Problem(4, 10**7),)
+_STATE = (0, 1, 2)  # of a server's round: the parameters and both moments
 _SPARSE = (Problem(32, 10**6), Problem(128, 10**6), Problem(32, 10**7), Problem(128, 10**7))
 _CODES = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6))
 _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"), TREE_PROBLEM)
@@ -703,13 +704,8 @@ ROWS: tuple[Row, ...] = (
         "fedavgm_weighted_update",
         _server_round,
         _fused(ff.fedavgm_weighted_update),
-        best=_rounds(
-            lambda params, first, second, updates: (
-                params + 0.1 * (0.9 * first + updates.mean(0)),
-                0.9 * first + updates.mean(0),
-                second,
-            )
-        ),
+        best=_best_momentum,
+        donated=_STATE,
         problems=_SERVER_PROBLEMS,
         gpu_problems=_SERVER_PROBLEMS,
     ),
@@ -717,6 +713,7 @@ ROWS: tuple[Row, ...] = (
         "fedadagrad_weighted_update",
         _server_round,
         _fused(ff.fedadagrad_weighted_update),
+        donated=_STATE,
         problems=_SERVER_PROBLEMS,
         gpu_problems=_SERVER_PROBLEMS,
     ),
@@ -724,10 +721,11 @@ ROWS: tuple[Row, ...] = (
         "fedadam_weighted_update",
         _server_round,
         _fused(ff.fedadam_weighted_update),
-        natural=_rounds(_natural_adam),
-        best=_rounds(_best_adam),
-        numpy=lambda *arguments: forms.adam_rounds(*arguments, ROUNDS, np),
-        torch=forms.torch_adam(ROUNDS),
+        natural=_natural_adam,
+        best=_best_adam,
+        numpy=forms.numpy_adam,
+        torch=forms.torch_adam,
+        donated=_STATE,
         problems=_SERVER_PROBLEMS,
         gpu_problems=_SERVER_PROBLEMS,
         goals=_server_goals,
@@ -737,6 +735,7 @@ ROWS: tuple[Row, ...] = (
         "fedyogi_weighted_update",
         _server_round,
         _fused(ff.fedyogi_weighted_update),
+        donated=_STATE,
         problems=_SERVER_PROBLEMS,
         gpu_problems=_SERVER_PROBLEMS,
     ),

@@ -48,6 +48,10 @@ def _problem(row: Mapping[str, Any]) -> Problem:
     return Problem(row["clients"], row["parameters"], row["dtype"], row["leaves"])
 
 
+def _label(row: Mapping[str, Any]) -> str:
+    return _problem(row).label + (", donated" if row["donated"] else "")
+
+
 def _number(value: float) -> str:
     if value < 0.1:
         return f"{value:.2g}"
@@ -77,7 +81,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     fraction = row["fraction_of_floor"]
     return [
         row["row"] + ("" if row["conclusive"] else " (inconclusive)"),
-        _problem(row).label,
+        _label(row),
         "wrong" if ours is None else _number(ours["seconds"] * 1e3),
         "-" if row["cold"] is None else f"{_number(row['cold'])}x",
         *(_ratio(row, peer) for peer in PEERS),
@@ -116,7 +120,7 @@ def overhead_cells(report: Report) -> tuple[list[str], list[list[str]]]:
 def tree_cells(report: Report) -> list[list[str]]:
     """What a tree of many leaves costs beside one array."""
     return [
-        [row["row"], _problem(row).label, f"{1 / row['ratios']['one array']:.2f}"]
+        [row["row"], _label(row), f"{1 / row['ratios']['one array']:.2f}"]
         for row in report["rows"]
         if "one array" in row["ratios"]
     ]
@@ -196,7 +200,7 @@ def show(report: Report) -> None:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for row in report["rows"]:
         for name, error in row["errors"].items():
-            console.print(f"{row['row']}, {_problem(row).label}: {name} {error}", style="red", markup=False)
+            console.print(f"{row['row']}, {_label(row)}: {name} {error}", style="red", markup=False)
 
 
 def _show_plain(console: Any, table: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -66,6 +66,28 @@ def test_all_contenders_agree(row: operations.Row, problem: Problem) -> None:
     assert {name for name, form in expected.items() if form} <= set(measured["contenders"])
 
 
+DONATING = [row for row in ROWS if row.donated]
+
+
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+@pytest.mark.parametrize("row", DONATING, ids=lambda row: row.name)
+def test_state_is_donated_and_threaded(row: operations.Row) -> None:
+    arguments = jax.jit(partial(row.arguments, TINY))(jax.random.key(0))
+    before = jax.tree.map(np.array, arguments)
+    expected = jax.jit(row.call)(*jax.jit(row.call)(*arguments), *arguments[len(row.donated) :])
+    others = ["torch"] if importlib.util.find_spec("torch") else []
+    for contender in measure.contenders(row, TINY, arguments, "cpu", others):
+        first, _ = measure.first_call(contender)
+        assert contender.answer is not None
+        contender.answer(first)
+        second = contender.start()
+        for result, wanted in zip(contender.answer(second), expected, strict=True):
+            np.testing.assert_allclose(result, wanted, rtol=1e-4, err_msg=contender.name)
+        if isinstance(first[0], jax.Array):
+            assert all(old.is_deleted() for old in first), contender.name
+    jax.tree.map(np.testing.assert_array_equal, arguments, before)  # everybody wrote over copies
+
+
 def test_torch_forms_agree() -> None:
     pytest.importorskip("torch")
     for row in ROWS:
