@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import machine, measure, operations, report, systems
+from benchmarks import machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results"
@@ -102,10 +102,10 @@ def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Prob
         dtypes = options.dtypes or ("float32",)
         replaced = [dataclasses.replace(shape, dtype=dtype) for shape in options.shapes for dtype in dtypes]
         # A variant is another way to call the operation; what a tree costs is asked of the operation itself.
-        return tuple(dict.fromkeys(shape for shape in replaced if shape.leaves == 1 or not row.variant))
+        return tuple(dict.fromkeys(shape for shape in replaced if not shape.tree or not row.variant))
     if options.quick:
-        trees = tuple(dataclasses.replace(p, parameters=10**5) for p in own if p.leaves > 1)
-        own = (*operations.QUICK_PROBLEMS, *trees) if len({p.clients for p in own}) > 1 else (Problem(1, 10**6), *trees)
+        cut = tuple(dataclasses.replace(p, parameters=10**5) for p in own if p.tree and p.tree not in trees.NETWORKS)
+        own = (*operations.QUICK_PROBLEMS, *cut) if len({p.clients for p in own}) > 1 else (Problem(1, 10**6), *cut)
     return tuple(problem for problem in own if not options.dtypes or problem.dtype in options.dtypes)
 
 
@@ -223,7 +223,11 @@ def _shapes(text: str) -> tuple[Problem, ...]:
     found = [re.fullmatch(r"(\d+)x(\d+(?:e\d+)?|2\^\d+)(?:/(\d+))?", part) for part in text.split(",")]
     if None in found:
         raise argparse.ArgumentTypeError(f"got {text!r}, needs clients x parameters (/leaves), like 32x1e6,10x2^20/100")
-    return tuple(Problem(int(m[1]), _size(m[2]), leaves=int(m[3] or 1)) for m in found if m)
+    return tuple(Problem(int(m[1]), _size(m[2]), tree=_tree(m[3])) for m in found if m)
+
+
+def _tree(leaves: str | None) -> str:
+    return "" if leaves is None or int(leaves) < 2 else f"{int(leaves)} leaves"
 
 
 def _size(text: str) -> int:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import trees
 from benchmarks.operations import FLOOR, OURS, Goal, Goals, Problem, Row
 
 Answer = list[np.ndarray]
@@ -79,20 +80,16 @@ class Timing:
 # --- Contenders -----------------------------------------------------------------------------------------------
 
 
-def leaf_sizes(parameters: int, leaves: int) -> list[int]:
-    """Sizes as in a network: every second leaf a large matrix, with a small vector after it; none empty."""
-    shares = np.where(np.arange(leaves) % 2, 1, 16 + np.arange(leaves))
-    ends = np.round(np.cumsum(shares) / shares.sum() * (parameters - leaves)).astype(int) + np.arange(1, leaves + 1)
-    return [int(size) for size in np.diff(ends, prepend=0)]
-
-
 def as_tree(problem: Problem, arguments: Any) -> Any:
-    """The arguments with every array over the parameters cut into the problem's leaves."""
-    ends = np.cumsum(leaf_sizes(problem.parameters, problem.leaves))[:-1]
+    """The arguments with every array over the parameters cut into the leaves of the problem's tree."""
+    shapes = trees.shapes(problem.tree, problem.parameters)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
 
     def cut(array: Any) -> Any:
-        wide = array.ndim > 0 and array.shape[-1] == problem.parameters
-        return jnp.split(array, ends, axis=-1) if wide else array
+        if array.ndim == 0 or array.shape[-1] != problem.parameters:
+            return array
+        parts = jnp.split(array, ends, axis=-1)
+        return [part.reshape(*array.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     return jax.jit(partial(jax.tree.map, cut))(arguments)
 
@@ -101,8 +98,18 @@ def _arrays(result: Any) -> Answer:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
 
 
-def _joined(result: Any) -> Answer:
-    return [np.concatenate(_arrays(result), axis=-1)] if len(jax.tree.leaves(result)) > 1 else _arrays(result)
+def _joined(problem: Problem) -> Callable[[Any], Answer]:
+    """The leaves of a result as one array, or as many as there are trees in it."""
+    shapes = trees.shapes(problem.tree, problem.parameters)
+
+    def answer(result: Any) -> Answer:
+        leaves, count = _arrays(result), len(shapes)
+        if len(leaves) % count:  # numbers of the clients
+            return leaves
+        flat = [leaf.reshape(*leaf.shape[: leaf.ndim - len(shapes[i % count])], -1) for i, leaf in enumerate(leaves)]
+        return [np.concatenate(flat[start : start + count], axis=-1) for start in range(0, len(flat), count)]
+
+    return answer
 
 
 def _with_own(arguments: tuple[Any, ...], donated: Collection[int], copy: Callable[[Any], Any]) -> tuple[Any, ...]:
@@ -169,11 +176,11 @@ def contenders(
     row: Row, problem: Problem, arguments: tuple[Any, ...], platform: str, others: Collection[str]
 ) -> list[Contender]:
     """Everybody who computes ``row`` for ``problem``, ours first; of PyTorch and other systems those in ``others``."""
-    if problem.leaves > 1:
+    if problem.tree:
         # A tree is only ever compared with our own time for one array: the peers would have to loop.
         tree = as_tree(problem, arguments)
         return [
-            _jax_contender(OURS, row.call, tree, _joined, row.donated),
+            _jax_contender(OURS, row.call, tree, _joined(problem), row.donated),
             _jax_contender("one array", row.call, arguments, donated=row.donated),
         ]
     everybody = [_jax_contender(OURS, row.call, arguments, donated=row.donated)]
@@ -416,7 +423,7 @@ def _row_report(
         "clients": problem.clients,
         "parameters": problem.parameters,
         "dtype": problem.dtype,
-        "leaves": problem.leaves,
+        "tree": problem.tree,
         "donated": list(row.donated),
         "bytes": {"read": read, "written": written, "counted": "every input read once, every result written once"},
         "floor": {

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 import fedfuse_jax as ff
-from benchmarks import forms, systems
+from benchmarks import forms, systems, trees
 from fedfuse_jax.compat import byzfl, flower
 
 OURS = "fedfuse"
@@ -25,12 +25,12 @@ TRIM_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Problem:
-    """The size of one measurement; more than one leaf: the parameters as a tree, measured against one array."""
+    """The size of one measurement; with a ``tree`` of `trees`, its time is compared with one array's."""
 
     clients: int
     parameters: int
     dtype: str = "float32"
-    leaves: int = 1
+    tree: str = ""
 
     @property
     def large(self) -> bool:
@@ -42,7 +42,7 @@ class Problem:
         """Like ``32 x 1e6 float16``."""
         exponent = len(str(self.parameters)) - 1
         power = exponent >= 3 and self.parameters == 10**exponent
-        tree = f" in {self.leaves} leaves" if self.leaves > 1 else ""
+        tree = f" in {self.tree}" if self.tree else ""
         return f"{self.clients} x {f'1e{exponent}' if power else self.parameters} {self.dtype}{tree}"
 
 
@@ -81,7 +81,8 @@ class Reference(NamedTuple):
 
 CPU_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6), Problem(1000, 10**5))
 HALF_PROBLEMS = (Problem(32, 10**6, "bfloat16"), Problem(32, 10**6, "float16"))
-TREE_PROBLEM = Problem(32, 10**6, leaves=100)
+TREE_PROBLEM = Problem(32, 10**6, tree="100 leaves")
+NETWORK_PROBLEMS = tuple(Problem(10, trees.num_parameters(tree), tree=tree) for tree in trees.NETWORKS)
 GPU_PROBLEMS = (Problem(32, 10**5), Problem(32, 10**6), Problem(128, 10**6), Problem(1024, 10**6), *HALF_PROBLEMS)
 QUICK_PROBLEMS = (Problem(10, 10**5), Problem(32, 10**5))
 
@@ -109,7 +110,7 @@ class Row:
     systems: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     variant: str = ""
     donated: tuple[int, ...] = ()
-    problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM)
+    problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS)
     gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
     goals: Callable[[Problem], Goals] = lambda problem: {}
     gpu_goals: Callable[[Problem], Goals] = lambda problem: goals(natural=1, best=1, torch=1)
@@ -294,12 +295,13 @@ _TRIMMED_MEAN_GOALS = {
 
 
 def _one_array_goal(problem: Problem) -> Goals:
-    return goals(one_array=1 / 1.1) if problem.leaves > 1 and problem.large else {}
+    """At most a tenth more time than one array."""
+    return goals(one_array=1 / 1.1) if problem.tree and problem.large else {}
 
 
 def _order_statistic_goals(by_clients: Mapping[int, Goals]) -> Callable[[Problem], Goals]:
     def of_problem(problem: Problem) -> Goals:
-        if problem.leaves > 1 or not problem.large:
+        if problem.tree or not problem.large:
             return _one_array_goal(problem)
         if problem.dtype in ("bfloat16", "float16"):
             return goals(own_float32=1 / 0.6)
@@ -310,7 +312,7 @@ def _order_statistic_goals(by_clients: Mapping[int, Goals]) -> Callable[[Problem
 
 def _linear_goals(natural: float | None = None) -> Callable[[Problem], Goals]:
     def of_problem(problem: Problem) -> Goals:
-        if problem.leaves > 1 or not problem.large or problem.parameters < 10**6:
+        if problem.tree or not problem.large or problem.parameters < 10**6:
             return _one_array_goal(problem)
         if problem.dtype in ("bfloat16", "float16"):
             return goals(best=(8, 12), torch=5, floor=0.8)
@@ -349,7 +351,7 @@ def _gpu_linear_goals(problem: Problem) -> Goals:
 
 
 def _clip_goals(problem: Problem) -> Goals:
-    if problem.leaves > 1 or not problem.large:
+    if problem.tree or not problem.large:
         return _one_array_goal(problem)
     return goals(natural=300, best=1.3, floor=0.6) if problem.dtype == "float32" else goals(best=1.3)
 
@@ -380,7 +382,7 @@ def _gpu_sparse_goals(problem: Problem) -> Goals:
 # --- The table ------------------------------------------------------------------------------------------------
 
 _BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
-_ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, leaves=100))
+_ONE_VECTOR = (Problem(1, 10**7), Problem(1, 10**7, "bfloat16"), Problem(1, 10**7, tree="100 leaves"))
 _PRIVATE_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16"))
 _SERVER_PROBLEMS = (Problem(4, 10**7),)
 _STATE = (0, 1, 2)  # of a server's round: the parameters and both moments
@@ -671,7 +673,7 @@ ROWS: tuple[Row, ...] = (
         best=lambda updates, weights: forms.best_clipped_sum(updates, weights, CLIP_NORM),
         numpy=lambda updates, weights: forms.numpy_clipped_sum(updates, weights, CLIP_NORM),
         torch=lambda updates, weights: forms.torch_clipped_sum(updates, weights, CLIP_NORM),
-        problems=(*_PRIVATE_PROBLEMS, TREE_PROBLEM),
+        problems=(*_PRIVATE_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS),
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=_clip_goals,
     ),

@@ -16,6 +16,7 @@ Report = dict[str, Any]
 SCHEMA = 2
 COLUMNS = ("operation", "clients x parameters", "ms", "cold", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
 SYSTEM_COLUMNS = ("rule", "clients x parameters", "ms", *(f"vs {system}" for system in SYSTEMS))
+TREE_COLUMNS = ("operation", "a tree", "ms", "time over one array's", "goal")
 _SIGNS = {True: "met", False: "missed", None: "open"}
 
 
@@ -45,7 +46,7 @@ def load(path: Path) -> Report:
 
 
 def _problem(row: Mapping[str, Any]) -> Problem:
-    return Problem(row["clients"], row["parameters"], row["dtype"], row["leaves"])
+    return Problem(row["clients"], row["parameters"], row["dtype"], row["tree"])
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -119,11 +120,13 @@ def overhead_cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def tree_cells(report: Report) -> list[list[str]]:
     """What a tree of many leaves costs beside one array."""
-    return [
-        [row["row"], _label(row), f"{1 / row['ratios']['one array']:.2f}"]
-        for row in report["rows"]
-        if "one array" in row["ratios"]
-    ]
+    rows = []
+    for row in report["rows"]:
+        if "one array" in row["ratios"]:
+            goal = row["goals"].get("one array")
+            words = f"at most {1 / goal['least']:.3g}x: {_SIGNS[goal['met']]}" if goal else "-"
+            rows.append([*cells(row)[:3], f"{1 / row['ratios']['one array']:.2f}x", words])
+    return rows
 
 
 def is_of_a_system(row: Mapping[str, Any]) -> bool:
@@ -143,7 +146,7 @@ def markdown(report: Report) -> str:
     rows = [
         [*cells(row), ", ".join(f"{words}: {_SIGNS[met]}" for words, met in goal_words(row)) or "-"]
         for row in report["rows"]
-        if row["leaves"] == 1 and not is_of_a_system(row)
+        if not row["tree"] and not is_of_a_system(row)
     ]
     patience = report["options"]["patience"]
     fewer = f", three at least of a contender that had used {patience:g} s" if patience else ""
@@ -158,7 +161,7 @@ def markdown(report: Report) -> str:
     if others := system_cells(report):
         parts.append(markdown_table(SYSTEM_COLUMNS, others))
     if trees := tree_cells(report):
-        parts.append(markdown_table(["operation", "a tree", "time over one array's"], trees))
+        parts.append(markdown_table(TREE_COLUMNS, trees))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
     parts.extend(f"Skipped: {line}." for line in report["skipped"])
@@ -184,7 +187,7 @@ def show(report: Report) -> None:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("operation", "goals", COLUMNS[1]) else "right")
     for row in report["rows"]:
-        if is_of_a_system(row):
+        if row["tree"] or is_of_a_system(row):
             continue
         goals = Text("\n").join(Text(words, colors[met]) for words, met in goal_words(row))
         style = None if row["conclusive"] else "dim italic"
@@ -193,9 +196,7 @@ def show(report: Report) -> None:
     if others := system_cells(report):
         _show_plain(console, Table(title="Other systems' rules"), SYSTEM_COLUMNS, others)
     if trees := tree_cells(report):
-        _show_plain(
-            console, Table(title="A tree of many leaves"), ["operation", "a tree", "time over one array's"], trees
-        )
+        _show_plain(console, Table(title="A tree of many leaves"), TREE_COLUMNS, trees)
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for row in report["rows"]:

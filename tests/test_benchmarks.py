@@ -16,7 +16,7 @@ import pytest
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
-from benchmarks import forms, measure, operations, report, systems
+from benchmarks import forms, measure, operations, report, systems, trees
 from benchmarks.operations import FLOOR, OURS, ROWS, Problem
 from fedfuse_jax import _primitive
 
@@ -115,6 +115,14 @@ def test_goals_are_about_contenders_that_run() -> None:
     assert row_named("coordinate_median").goals(Problem(32, 10**4)) == {}
 
 
+def test_shapes_are_read() -> None:
+    assert command_line._shapes("32x1e6,10x2^20/100,3x64/1") == (
+        Problem(32, 10**6),
+        Problem(10, 2**20, tree="100 leaves"),
+        Problem(3, 64),
+    )
+
+
 # --- The forms ------------------------------------------------------------------------------------------------
 
 
@@ -140,8 +148,36 @@ def test_no_two_clients_of_a_coordinate_are_alike() -> None:
 
 @pytest.mark.parametrize(("parameters", "leaves"), [(64, 3), (100, 100), (10**6, 100)])
 def test_leaf_sizes_add_up(parameters: int, leaves: int) -> None:
-    sizes = measure.leaf_sizes(parameters, leaves)
+    sizes = trees.leaf_sizes(parameters, leaves)
     assert sum(sizes) == parameters and len(sizes) == leaves and min(sizes) >= 1
+
+
+def test_networks_have_their_sizes() -> None:
+    counted = {tree: (len(shapes), trees.num_parameters(tree)) for tree, shapes in trees.NETWORKS.items()}
+    # As torchvision counts resnet18, and as GPT-2's published 124 million divide into embeddings and 12 blocks.
+    assert counted == {trees.RESNET: (62, 11_689_512), trees.GPT_BLOCK: (12, 7_087_872)}
+    assert all(tree.split()[1] == str(count) for tree, (count, _) in counted.items())
+
+
+@pytest.mark.parametrize("name", ["weighted_sum", "squared_norms", "stack_clients", "fedadam_weighted_update"])
+def test_a_tree_is_one_array(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "NETWORKS", {"a network": ((2, 3, 4), (4,), (5, 2))})
+    row, problem = row_named(name), Problem(3, 38, tree="a network")
+    arguments = jax.jit(partial(row.arguments, problem))(jax.random.key(0))
+    leaves = [leaf.shape for leaf in jax.tree.leaves(measure.as_tree(problem, arguments))]
+    assert any(shape[-3:] == (2, 3, 4) for shape in leaves) and not any(38 in shape for shape in leaves)
+    measured = measure.measure_row(row, problem, repetitions=1)
+    assert measured["errors"] == {} and {OURS, "one array"} == set(measured["contenders"])
+
+
+def test_goals_of_trees_are_judged() -> None:
+    measured = measure.measure_row(row_named("weighted_sum"), Problem(3, 64, tree="4 leaves"), repetitions=1)
+    measured["ratios"]["one array"] = 1 / 1.25
+    measured["goals"] = measure.judged(
+        row_named("weighted_sum").goals(operations.TREE_PROBLEM), measured["ratios"], True
+    )
+    (cells,) = report.tree_cells({"rows": [measured]})
+    assert cells[1] == "3 x 64 float32 in 4 leaves" and cells[3:] == ["1.25x", "at most 1.1x: missed"]
 
 
 # --- The stopwatch --------------------------------------------------------------------------------------------
@@ -278,7 +314,7 @@ def test_the_file_has_its_schema(finished: tuple[report.Report, Path]) -> None:
     assert path.stem.startswith(f"{result['date']}-cpu-")
     assert {"cpu", "cores", "device", "versions", "kernels"} <= set(result["machine"])
     assert result["machine"]["versions"]["jax"] == jax.__version__
-    assert {(row["row"], row["leaves"]) for row in result["rows"]} >= {("weighted_sum", 1), ("weighted_sum", 3)}
+    assert {(row["row"], row["tree"]) for row in result["rows"]} >= {("weighted_sum", ""), ("weighted_sum", "3 leaves")}
     for row in result["rows"]:
         assert row["bytes"]["read"] > 0 and row["bytes"]["written"] > 0
         assert row["floor"]["bytes_per_second"] > 0
@@ -288,13 +324,13 @@ def test_the_file_has_its_schema(finished: tuple[report.Report, Path]) -> None:
         ours = row["contenders"][OURS]["seconds"]
         for name, ratio in row["ratios"].items():
             assert ratio == pytest.approx(row["contenders"][name]["seconds"] / ours)
-        assert ("one array" in row["ratios"]) == (row["leaves"] > 1)
+        assert ("one array" in row["ratios"]) == bool(row["tree"])
     for row in result["overhead"]:
         assert {f"{OURS}, eager", f"{OURS}, jitted"} <= set(row["microseconds"])
 
 
 def test_bytes_are_counted(finished: tuple[report.Report, Path]) -> None:
-    row = next(row for row in finished[0]["rows"] if row["row"] == "weighted_sum" and row["leaves"] == 1)
+    row = next(row for row in finished[0]["rows"] if row["row"] == "weighted_sum" and not row["tree"])
     assert (row["bytes"]["read"], row["bytes"]["written"]) == (4 * 64 * 4 + 4 * 4, 64 * 4)
 
 
