@@ -8,28 +8,24 @@ import datetime
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import machine, measure, operations, report, systems, trees
+from benchmarks import curves, machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results"
 
 
 class Task(NamedTuple):
-    """One measurement to make; without a problem: the price of a call."""
+    """One measurement to make: ``run`` adds it to a report."""
 
-    row: Row
-    problem: Problem | None
-
-    @property
-    def label(self) -> str:
-        """For the progress lines."""
-        return f"{self.row.name} {self.problem.label if self.problem else 'call overhead'}"
+    label: str
+    run: Callable[[report.Report], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,50 +45,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = output_path(options.output, result)
     print(f"Results: {path}")
     if machine.is_importable("matplotlib"):
-        report.plot(result, path.with_suffix(".png"))
-        print(f"Plot: {path.with_suffix('.png')}")
+        for plot in report.plots(result, path):
+            print(f"Plot: {plot}")
     return int(any(row["errors"] for row in result["rows"]))
 
 
 def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
-    """Measures what the options ask for, and saves after every row."""
+    """Measures what the options ask for, and saves after every measurement."""
     result = _new_report(options, platform)
     path = output_path(options.output, result)
-    if options.resume and path.exists():
-        earlier = report.load(path)
-        result |= {"rows": earlier["rows"], "overhead": earlier["overhead"]}
+    if path.exists() and (options.resume or options.parts):
+        try:
+            earlier = report.load(path)
+        except ValueError as error:
+            sys.exit(f"benchmarks: {error}")
+        asked_again = () if options.resume else options.parts
+        result |= {part: earlier[part] for part in ("rows", "overhead", "curves") if part not in asked_again}
     for line in result["skipped"]:
         print(f"benchmarks: {line}")
-    others = [*(["torch"] if machine.is_importable("torch") else []), *systems.installed()]
-    for task in _with_progress([task for task in tasks(options, platform) if not _is_done(task, result)]):
-        if task.problem is None:
-            overhead = measure.measure_overhead(task.row, platform=platform, repetitions=options.repetitions)
-            result["overhead"].append(overhead)
-        else:
-            measured = measure.measure_row(
-                task.row,
-                task.problem,
-                platform=platform,
-                repetitions=options.repetitions,
-                patience=options.patience,
-                others=others,
-            )
-            result["rows"].append(measured)
+    for task in _with_progress(tasks(options, platform, result)):
+        task.run(result)
         report.save(result, path)
     return result
 
 
-def tasks(options: argparse.Namespace, platform: str) -> list[Task]:
-    """Every measurement the options ask for, in the order of the table."""
+def tasks(options: argparse.Namespace, platform: str, done: report.Report) -> list[Task]:
+    """Every measurement the options ask for that is not done, in the order in which it is reported."""
+    todo = []
+    parts = options.parts or ["rows"]
+    if not options.parts and platform == "cpu" and not (options.operations or options.shapes or options.dtypes):
+        parts = [*parts, "curves"]
+    if "rows" in parts:
+        todo += _row_tasks(options, platform, done)
+    if "curves" in parts:
+        todo += _curve_tasks(options, platform, done)
+    return todo
+
+
+def _row_tasks(options: argparse.Namespace, platform: str, done: report.Report) -> Iterator[Task]:
     here = systems.installed()
+    others = [*(["torch"] if machine.is_importable("torch") else []), *here]
     chosen = [
         row
         for row in ROWS
         if not options.operations or {row.name, row.operation} & set(options.operations)
         if not row.systems or row.systems.keys() & set(here)
     ]
-    measurements = [Task(row, problem) for row in chosen for problem in problems(row, options, platform)]
-    return measurements + [Task(row, None) for row in chosen if not row.variant]
+
+    def measure_one(row: Row, problem: Problem, result: report.Report) -> None:
+        measured = measure.measure_row(
+            row,
+            problem,
+            platform=platform,
+            repetitions=options.repetitions,
+            patience=options.patience,
+            others=others,
+        )
+        result["rows"].append(measured)
+
+    def measure_call(row: Row, result: report.Report) -> None:
+        result["overhead"].append(measure.measure_overhead(row, platform=platform, repetitions=options.repetitions))
+
+    for row in chosen:
+        for problem in problems(row, options, platform):
+            wanted = {"row": row.name, **dataclasses.asdict(problem)}
+            if not any(wanted.items() <= old.items() for old in done["rows"]):
+                yield Task(f"{row.name} {problem.label}", partial(measure_one, row, problem))
+    for row in chosen:
+        if not row.variant and not any(old["row"] == row.name for old in done["overhead"]):
+            yield Task(f"{row.name} call overhead", partial(measure_call, row))
+
+
+def _curve_tasks(options: argparse.Namespace, platform: str, done: report.Report) -> Iterator[Task]:
+    def measure_one(clients: int, result: report.Report) -> None:
+        points = curves.measure_clients(clients, platform=platform, repetitions=options.repetitions)
+        result["curves"].extend(points)
+
+    for clients in curves.QUICK_CLIENTS if options.quick else curves.CLIENTS:
+        if not any(point["clients"] == clients for point in done["curves"]):
+            yield Task(f"curves {clients} clients", partial(measure_one, clients))
 
 
 def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Problem, ...]:
@@ -139,14 +170,8 @@ def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
         ],
         "rows": [],
         "overhead": [],
+        "curves": [],
     }
-
-
-def _is_done(task: Task, result: report.Report) -> bool:
-    if task.problem is None:
-        return any(row["row"] == task.row.name for row in result["overhead"])
-    wanted = {"row": task.row.name, **dataclasses.asdict(task.problem)}
-    return any(wanted.items() <= row.items() for row in result["rows"])
 
 
 def _with_progress(todo: Sequence[Task]) -> Iterator[Task]:
@@ -195,7 +220,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="no more samples, after three, of a contender that has used so many seconds (default: no limit)",
     )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="the same on a GPU, against jnp and PyTorch there")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that today's JSON file already has")
+    parser.add_argument(
+        "--curves", dest="parts", action="append_const", const="curves",
+        help="only the bytes a second against the number of clients; today's JSON file keeps the rest",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--table", type=_report_file, metavar="FILE", help="print FILE as markdown; measure nothing")
     options = parser.parse_args(arguments)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import trees
-from benchmarks.operations import FLOOR, OURS, Goal, Goals, Problem, Row
+from benchmarks.operations import FLOOR, OURS, TINY, Goal, Goals, Problem, Row
 
 Answer = list[np.ndarray]
 
@@ -472,12 +472,10 @@ def judged(wanted: Goals, reached: Mapping[str, float], conclusive: bool) -> dic
 
 # --- The price of a call --------------------------------------------------------------------------------------
 
-TINY_PROBLEM = Problem(4, 64)
-
 
 def measure_overhead(row: Row, *, platform: str = "cpu", repetitions: int = 11) -> dict[str, Any]:
     """Microseconds a call of a problem too small to cost anything, eager and jitted, beside the natural form's."""
-    arguments = jax.block_until_ready(jax.jit(partial(row.arguments, TINY_PROBLEM))(jax.random.key(0)))
+    arguments = jax.block_until_ready(jax.jit(partial(row.arguments, TINY))(jax.random.key(0)))
     forms = {OURS: row.call} | ({} if row.natural is None else {"jnp natural": row.natural})
     everybody = []
     for name, call in forms.items():

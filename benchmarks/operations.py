@@ -79,6 +79,7 @@ class Reference(NamedTuple):
     same_result: bool = True
 
 
+TINY = Problem(4, 64)  # too small to cost anything but the call
 CPU_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6), Problem(1000, 10**5))
 HALF_PROBLEMS = (Problem(32, 10**6, "bfloat16"), Problem(32, 10**6, "float16"))
 TREE_PROBLEM = Problem(32, 10**6, tree="100 leaves")

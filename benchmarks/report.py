@@ -141,6 +141,28 @@ def system_cells(report: Report) -> list[list[str]]:
     ]
 
 
+CURVE_CLIENTS = (4, 10, 32, 100, 128, 129, 256, 1000)  # of those measured: what a table has room for
+
+
+def lines_of_curves(report: Report) -> dict[str, list[Mapping[str, Any]]]:
+    """The points of each line, by its name."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for point in sorted(report["curves"], key=lambda point: point["clients"]):
+        name = f"{point['row']} {point['dtype']}{', d a power of two' if point['aligned'] else ''}"
+        lines.setdefault(name, []).append(point)
+    return lines
+
+
+def curve_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """What an operation moves a second over what the probe read, for some numbers of clients."""
+    shown = [clients for clients in CURVE_CLIENTS if any(point["clients"] == clients for point in report["curves"])]
+    rows = []
+    for name, points in lines_of_curves(report).items():
+        fractions = {point["clients"]: f"{point['fraction_of_roof']:.2f}" for point in points}
+        rows.append([name, *(fractions.get(clients, "-") for clients in shown)])
+    return ["of the memory's rate, by clients", *map(str, shown)], rows
+
+
 def markdown(report: Report) -> str:
     """The tables that README and docs embed, so that no figure is ever typed."""
     rows = [
@@ -156,12 +178,14 @@ def markdown(report: Report) -> str:
         "after somebody else's turn over the calls that follow it, of which *ms* and all ratios speak; the floor is\n"
         "the time to move every input and every result once at the rate a probe reached between the calls. Medians of "
         f"{report['options']['repetitions']} interleaved repetitions{fewer}.",
-        markdown_table(COLUMNS, rows),
+        *([markdown_table(COLUMNS, rows)] if rows else []),
     ]
     if others := system_cells(report):
         parts.append(markdown_table(SYSTEM_COLUMNS, others))
     if trees := tree_cells(report):
         parts.append(markdown_table(TREE_COLUMNS, trees))
+    if report["curves"]:
+        parts.append(markdown_table(*curve_cells(report)))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
     parts.extend(f"Skipped: {line}." for line in report["skipped"])
@@ -192,11 +216,14 @@ def show(report: Report) -> None:
         goals = Text("\n").join(Text(words, colors[met]) for words, met in goal_words(row))
         style = None if row["conclusive"] else "dim italic"
         table.add_row(*cells(row), goals, style=style)
-    console.print(table)
+    if report["rows"]:
+        console.print(table)
     if others := system_cells(report):
         _show_plain(console, Table(title="Other systems' rules"), SYSTEM_COLUMNS, others)
     if trees := tree_cells(report):
         _show_plain(console, Table(title="A tree of many leaves"), TREE_COLUMNS, trees)
+    if report["curves"]:
+        _show_plain(console, Table(title="Bytes moved a second over what a probe reads"), *curve_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for row in report["rows"]:
@@ -217,17 +244,62 @@ def _show_plain(console: Any, table: Any, header: Sequence[str], rows: Sequence[
 _COLORS = {"jnp natural": "#9db4c0", "jnp best": "#2f6690", "numpy": "#e0a458", "torch": "#c8553d"}
 
 
-def plot(report: Report, path: Path) -> None:
-    """Bars of the ratios to each peer and, beside them, of the fraction of the floor; goals as marks."""
+def plots(report: Report, path: Path) -> list[Path]:
+    """Draws what there is to draw, beside the file of the results; which pictures those are."""
     import matplotlib
 
     matplotlib.use("Agg")
+    drawn = []
+    if _plot_ratios(report, path.with_suffix(".png")):
+        drawn.append(path.with_suffix(".png"))
+    if report["curves"]:
+        drawn.append(path.with_name(f"{path.stem}-roofline.png"))
+        _plot_curves(report, drawn[-1])
+    return drawn
+
+
+def _plot_curves(report: Report, path: Path) -> None:
+    """Bytes a second against the number of clients, a line an operation, under the probe's rate as the roof."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    lines = lines_of_curves(report)
+    figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
+    roof = {point["clients"]: point["roof_bytes_per_second"] / 1e9 for point in report["curves"]}
+    counts = sorted(roof)
+    axes.plot(counts, [roof[clients] for clients in counts], color="black", linestyle="--", label="probe: the roof")
+    colors: dict[str, Any] = {}
+    for name, points in lines.items():
+        kernel = f"{points[0]['row']} {points[0]['dtype']}"
+        style = ":" if points[0]["aligned"] else "-"
+        (line,) = axes.plot(
+            [point["clients"] for point in points], [point["bytes_per_second"] / 1e9 for point in points], style,
+            marker=".", markersize=4, linewidth=1.3, label=name, color=colors.get(kernel),
+        )  # fmt: skip
+        colors.setdefault(kernel, line.get_color())
+    axes.set_xscale("log")
+    axes.set_xticks([2**power for power in range(1, 11)])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0)
+    axes.set_xlabel("clients, logarithmic; the updates have the same bytes everywhere")
+    axes.set_ylabel("GB/s, every byte in and out")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axes.set_title(f"FedFuse-JAX: bytes moved a second\n{_headline(report)}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _plot_ratios(report: Report, path: Path) -> bool:
+    """Bars of the ratios to each peer and, beside them, of the fraction of the floor; goals as marks."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
     rows = [row for row in report["rows"] if set(PEERS) & set(row["ratios"])]
     if not rows:
-        return
+        return False
     peers = [peer for peer in PEERS if any(peer in row["ratios"] for row in rows)]
     figure, (left, right) = pyplot.subplots(
         1, 2, sharey=True, width_ratios=(3, 1.3), figsize=(13, 1.8 + 0.62 * len(rows)), layout="constrained"
@@ -277,3 +349,4 @@ def plot(report: Report, path: Path) -> None:
     figure.suptitle(f"FedFuse-JAX operations\n{_headline(report)}", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    return True

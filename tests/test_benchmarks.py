@@ -16,11 +16,9 @@ import pytest
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
-from benchmarks import forms, measure, operations, report, systems, trees
-from benchmarks.operations import FLOOR, OURS, ROWS, Problem
+from benchmarks import curves, forms, measure, operations, report, systems, trees
+from benchmarks.operations import FLOOR, OURS, ROWS, TINY, Problem
 from fedfuse_jax import _primitive
-
-TINY = Problem(4, 64)
 
 
 def row_named(name: str) -> operations.Row:
@@ -303,6 +301,51 @@ def test_probes_touch_every_word(copy: bool) -> None:
     assert all(name.startswith(measure.COPY_PROBE if copy else measure.READ_PROBE) for name in names)
     pieces = measure._pieces([np.asarray(array) for array in arrays], 3)
     assert sum(piece.nbytes for piece in pieces) == 4 * 64 * 2 + 6 * 4
+
+
+# --- The curves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_points_of_a_curve_have_the_same_bytes(dtype: str) -> None:
+    for clients in curves.CLIENTS:
+        parameters = curves.num_parameters(clients, dtype, 64 * 10**6)
+        assert parameters % 64 == 0
+        assert clients * parameters * jnp.dtype(dtype).itemsize == pytest.approx(64 * 10**6, rel=0.01)
+        power = curves.aligned_parameters(clients, 64 * 10**6)
+        if power is None:
+            assert clients < 12
+        else:
+            assert power.bit_count() == 1 and power <= 2**20 and 48 * 10**6 <= 4 * power * clients <= 128 * 10**6
+
+
+def test_lines_of_curves_are_rows() -> None:
+    assert {name for name, _ in curves.LINES} | set(curves.ALIGNED_LINES) <= {row.name for row in ROWS}
+    assert {*curves.QUICK_CLIENTS, *report.CURVE_CLIENTS} <= set(curves.CLIENTS)
+    assert set(curves.CLIENTS) >= {127 + 1, 129, 64, 65, 16, 17}
+
+
+def test_curves_are_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(curves.BUFFER_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(curves, "QUICK_CLIENTS", (4, 10))
+    rows = ["--shapes", "4x64", "--operations", "finite_clients"]
+    for chosen in (rows, ["--curves"]):
+        assert command_line.main([*chosen, "--quick", "--repetitions", "1", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = report.load(path)
+    assert [row["row"] for row in result["rows"]] == ["finite_clients"]  # kept
+    assert {point["clients"] for point in result["curves"]} == {4, 10}
+    assert len(result["curves"]) == 2 * (len(curves.LINES) + len(curves.ALIGNED_LINES))
+    point = next(point for point in result["curves"] if (point["row"], point["dtype"]) == ("weighted_sum", "bfloat16"))
+    assert point["parameters"] == 2**16 // 4 // 2
+    assert point["bytes"] == 4 * point["parameters"] * 2 + 4 * 4 + point["parameters"] * 4
+    assert point["bytes_per_second"] == pytest.approx(point["bytes"] / point["seconds"])
+    assert point["fraction_of_roof"] == pytest.approx(point["bytes_per_second"] / point["roof_bytes_per_second"])
+    assert "| of the memory's rate, by clients | 4 | 10 |" in report.markdown(result)
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / f"{path.stem}-roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- The report -----------------------------------------------------------------------------------------------
