@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import curves, machine, measure, operations, report, systems, trees
+from benchmarks import curves, instruction_sets, machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results"
@@ -60,7 +60,11 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
         except ValueError as error:
             sys.exit(f"benchmarks: {error}")
         asked_again = () if options.resume else options.parts
-        result |= {part: earlier[part] for part in ("rows", "overhead", "curves") if part not in asked_again}
+        result |= {
+            part: earlier[part]
+            for part in ("rows", "overhead", "curves", "instruction_sets")
+            if part not in asked_again
+        }
     for line in result["skipped"]:
         print(f"benchmarks: {line}")
     for task in _with_progress(tasks(options, platform, result)):
@@ -74,11 +78,13 @@ def tasks(options: argparse.Namespace, platform: str, done: report.Report) -> li
     todo = []
     parts = options.parts or ["rows"]
     if not options.parts and platform == "cpu" and not (options.operations or options.shapes or options.dtypes):
-        parts = [*parts, "curves"]
+        parts = [*parts, "curves", "instruction_sets"]
     if "rows" in parts:
         todo += _row_tasks(options, platform, done)
     if "curves" in parts:
         todo += _curve_tasks(options, platform, done)
+    if "instruction_sets" in parts:
+        todo += _instruction_set_tasks(options, done)
     return todo
 
 
@@ -126,6 +132,18 @@ def _curve_tasks(options: argparse.Namespace, platform: str, done: report.Report
             yield Task(f"curves {clients} clients", partial(measure_one, clients))
 
 
+def _instruction_set_tasks(options: argparse.Namespace, done: report.Report) -> Iterator[Task]:
+    chosen = instruction_sets.QUICK_PROBLEMS if options.quick else instruction_sets.PROBLEMS
+
+    def measure_one(name: str, result: report.Report) -> None:
+        result["instruction_sets"].append(instruction_sets.run(name, chosen))
+
+    for number in range(1 if options.quick else instruction_sets.ROUNDS):
+        for name in instruction_sets.supported():
+            if sum(run["instruction_set"] == name for run in done["instruction_sets"]) <= number:
+                yield Task(f"instruction set {name}, run {number + 1}", partial(measure_one, name))
+
+
 def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Problem, ...]:
     """The row's own sizes, or those the options put in their place."""
     own = row.gpu_problems if platform == "gpu" else row.problems
@@ -171,6 +189,7 @@ def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
         "rows": [],
         "overhead": [],
         "curves": [],
+        "instruction_sets": [],
     }
 
 
@@ -223,6 +242,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--curves", dest="parts", action="append_const", const="curves",
         help="only the bytes a second against the number of clients; today's JSON file keeps the rest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--instruction-sets", dest="parts", action="append_const", const="instruction_sets",
+        help="only the main operations with the kernels of each instruction set; the same",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import instruction_sets
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
 from benchmarks.systems import SYSTEMS
 
@@ -163,6 +164,28 @@ def curve_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["of the memory's rate, by clients", *map(str, shown)], rows
 
 
+def instruction_set_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """What the main operations cost with the kernels of older processors."""
+    compared = instruction_sets.compared(report["instruction_sets"])
+    names = list(dict.fromkeys(name for row in compared for name in row["seconds"]))
+    older = [name for name in names if name != instruction_sets.REFERENCE]
+    rows = []
+    for row in compared:
+        reference = row["seconds"].get(instruction_sets.REFERENCE)
+        ratios = [f"{_number(row['ratios'][name])}x" if name in row["ratios"] else "-" for name in older]
+        goals = [f"{name} at most {goal['most']:g}x: {_SIGNS[goal['met']]}" for name, goal in row["goals"].items()]
+        milliseconds = "-" if reference is None else _number(reference * 1e3)
+        rows.append([row["row"], _problem(row).label, milliseconds, *ratios, ", ".join(goals) or "-"])
+    first = f"{instruction_sets.REFERENCE}, ms"
+    return [
+        "by instruction set",
+        "clients x parameters",
+        first,
+        *(f"{name}, time over it" for name in older),
+        "goals",
+    ], rows
+
+
 def markdown(report: Report) -> str:
     """The tables that README and docs embed, so that no figure is ever typed."""
     rows = [
@@ -186,6 +209,8 @@ def markdown(report: Report) -> str:
         parts.append(markdown_table(TREE_COLUMNS, trees))
     if report["curves"]:
         parts.append(markdown_table(*curve_cells(report)))
+    if report["instruction_sets"]:
+        parts.append(markdown_table(*instruction_set_cells(report)))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
     parts.extend(f"Skipped: {line}." for line in report["skipped"])
@@ -224,6 +249,8 @@ def show(report: Report) -> None:
         _show_plain(console, Table(title="A tree of many leaves"), TREE_COLUMNS, trees)
     if report["curves"]:
         _show_plain(console, Table(title="Bytes moved a second over what a probe reads"), *curve_cells(report))
+    if report["instruction_sets"]:
+        _show_plain(console, Table(title="The kernels of each instruction set"), *instruction_set_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for row in report["rows"]:
