@@ -45,6 +45,8 @@ MOST_CALLS = 200
 # Where a call is shorter than this, a turn begins with one that does not count: the cold one. The system takes
 # milliseconds to get back what the turn before has freed, after its result was there.
 SHORT_CALL_SECONDS = 0.05
+# Who has used up all patience still gets this many samples; two where a call is this long.
+LEAST_SAMPLES, LONG_CALL_SECONDS = 3, 5.0
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,12 @@ def contenders(
             everybody.append(_torch_contender(system, row.systems[system], arguments, platform))
         else:
             everybody.append(_numpy_contender(system, row.systems[system], arguments))
-    return everybody
+    return [contender for contender in everybody if contender.name not in left_out(row, problem, platform)]
+
+
+def left_out(row: Row, problem: Problem, platform: str) -> Mapping[str, str]:
+    """Who is not measured here, and why."""
+    return row.left_out(problem) if platform == "cpu" else {}
 
 
 # --- Probes of the memory -------------------------------------------------------------------------------------
@@ -284,7 +291,8 @@ def interleave(
 ) -> None:
     """Fills ``timings``: so many rounds in which everybody has one turn, in another order every round.
 
-    Whoever has used up ``patience`` seconds sits out, but not before three samples.
+    Whoever has used up ``patience`` seconds sits out, but not before three samples; two of long calls, of which the
+    one that tells how long they are is one.
     """
     short = set()
     for contender in everybody:
@@ -293,6 +301,8 @@ def interleave(
             seconds = sample(contender, 1, platform)
         if seconds < SHORT_CALL_SECONDS:
             short.add(contender.name)
+        if seconds >= LONG_CALL_SECONDS and not math.isinf(patience):
+            timings[contender.name].samples.append(seconds)
         wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
         timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
     shuffled = random.Random(0)
@@ -300,7 +310,8 @@ def interleave(
         for contender in shuffled.sample(everybody, len(everybody)):
             timing = timings[contender.name]
             used = sum(timing.samples) * timing.calls_per_sample
-            if used < patience or len(timing.samples) < min(3, repetitions):
+            least = 2 if max(timing.samples, default=0) >= LONG_CALL_SECONDS else LEAST_SAMPLES
+            if len(timing.samples) < (repetitions if used < patience else min(least, repetitions)):
                 if contender.name in short:
                     timing.cold_samples.append(sample(contender, 1, platform))
                 timing.samples.append(sample(contender, timing.calls_per_sample, platform))
@@ -444,6 +455,7 @@ def _row_report(
             if name not in probe_names
         },
         "errors": dict(errors),
+        "left_out": dict(left_out(row, problem, platform)),
         "ratios": ratios,
         "cold": ours.cold if ours is not None else None,
         "fraction_of_floor": fraction,

@@ -40,10 +40,12 @@ class Problem:
     @property
     def label(self) -> str:
         """Like ``32 x 1e6 float16``."""
-        exponent = len(str(self.parameters)) - 1
-        power = exponent >= 3 and self.parameters == 10**exponent
-        tree = f" in {self.tree}" if self.tree else ""
-        return f"{self.clients} x {f'1e{exponent}' if power else self.parameters} {self.dtype}{tree}"
+        size, tree = str(self.parameters), f" in {self.tree}" if self.tree else ""
+        if self.parameters >= 1000 and self.parameters == 10 ** (len(size) - 1):
+            size = f"1e{len(size) - 1}"
+        elif self.parameters >= 1000 and self.parameters.bit_count() == 1:
+            size = f"2^{self.parameters.bit_length() - 1}"
+        return f"{self.clients} x {size} {self.dtype}{tree}"
 
 
 class Goal(NamedTuple):
@@ -81,9 +83,12 @@ class Reference(NamedTuple):
 
 TINY = Problem(4, 64)  # too small to cost anything but the call
 CPU_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**6), Problem(1000, 10**5))
+MORE_PROBLEMS = (Problem(32, 10**5), Problem(32, 2**20), Problem(100, 10**6))
 HALF_PROBLEMS = (Problem(32, 10**6, "bfloat16"), Problem(32, 10**6, "float16"))
 TREE_PROBLEM = Problem(32, 10**6, tree="100 leaves")
+LONG_PROBLEM = Problem(10, 10**7)
 NETWORK_PROBLEMS = tuple(Problem(10, trees.num_parameters(tree), tree=tree) for tree in trees.NETWORKS)
+PROBLEMS = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS)
 GPU_PROBLEMS = (Problem(32, 10**5), Problem(32, 10**6), Problem(128, 10**6), Problem(1024, 10**6), *HALF_PROBLEMS)
 QUICK_PROBLEMS = (Problem(10, 10**5), Problem(32, 10**5))
 
@@ -98,6 +103,8 @@ class Row:
 
     ``donated``: the positions of the arguments that a call may write its results over, in their order. The next call
     takes those results in their place, as the next round of a server does. Everybody has copies of their own.
+
+    ``left_out``: contenders that are not measured for a problem on a CPU, each with the reason.
     """
 
     operation: str
@@ -111,8 +118,9 @@ class Row:
     systems: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     variant: str = ""
     donated: tuple[int, ...] = ()
-    problems: tuple[Problem, ...] = (*CPU_PROBLEMS, *HALF_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS)
+    problems: tuple[Problem, ...] = PROBLEMS
     gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
+    left_out: Callable[[Problem], Mapping[str, str]] = lambda problem: {}
     goals: Callable[[Problem], Goals] = lambda problem: {}
     gpu_goals: Callable[[Problem], Goals] = lambda problem: goals(natural=1, best=1, torch=1)
 
@@ -282,16 +290,23 @@ def _halved(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- Goals ----------------------------------------------------------------------------------------------------
 
 _MEDIAN_GOALS = {
-    10: goals(natural=400, best=1.8, numpy=45, torch=100, floor=0.85),
-    32: goals(natural=400, best=2.5, numpy=18, torch=70, floor=0.75),
-    128: goals(natural=300, best=3, numpy=9, torch=35, floor=(0.5, 0.65)),
-    1000: goals(natural=250, best=3, numpy=18, torch=20, floor=(0.4, 0.7)),
+    Problem(10, 10**6): goals(natural=400, best=1.8, numpy=45, torch=100, floor=0.85),
+    Problem(32, 10**6): goals(natural=400, best=2.5, numpy=18, torch=70, floor=0.75),
+    Problem(128, 10**6): goals(natural=300, best=3, numpy=9, torch=35, floor=(0.5, 0.65)),
+    Problem(1000, 10**5): goals(natural=250, best=3, numpy=18, torch=20, floor=(0.4, 0.7)),
 }
 _TRIMMED_MEAN_GOALS = {
-    10: goals(natural=300, best=1.6, numpy=35, torch=70, floor=0.75),
-    32: goals(natural=300, best=2.2, numpy=14, torch=80, floor=0.65),
-    128: goals(natural=250, best=2.5, numpy=7, torch=60, floor=0.45),
-    1000: goals(natural=150, best=2.5, numpy=14, torch=40, floor=0.3),
+    Problem(10, 10**6): goals(natural=300, best=1.6, numpy=35, torch=70, floor=0.75),
+    Problem(32, 10**6): goals(natural=300, best=2.2, numpy=14, torch=80, floor=0.65),
+    Problem(128, 10**6): goals(natural=250, best=2.5, numpy=7, torch=60, floor=0.45),
+    Problem(1000, 10**5): goals(natural=150, best=2.5, numpy=14, torch=40, floor=0.3),
+}
+
+
+_DISTANCE_GOALS = {
+    Problem(32, 10**6): goals(best=5, numpy=2.5, torch=2),
+    Problem(128, 10**5): goals(best=2.2, numpy=1.4, torch=2),
+    Problem(1000, 10**4): goals(best=1.5, numpy=1, torch=2),
 }
 
 
@@ -300,13 +315,13 @@ def _one_array_goal(problem: Problem) -> Goals:
     return goals(one_array=1 / 1.1) if problem.tree and problem.large else {}
 
 
-def _order_statistic_goals(by_clients: Mapping[int, Goals]) -> Callable[[Problem], Goals]:
+def _order_statistic_goals(by_problem: Mapping[Problem, Goals]) -> Callable[[Problem], Goals]:
     def of_problem(problem: Problem) -> Goals:
         if problem.tree or not problem.large:
             return _one_array_goal(problem)
         if problem.dtype in ("bfloat16", "float16"):
             return goals(own_float32=1 / 0.6)
-        return by_clients.get(problem.clients, {})
+        return by_problem.get(problem, {})
 
     return of_problem
 
@@ -380,6 +395,15 @@ def _gpu_sparse_goals(problem: Problem) -> Goals:
     return goals(natural=1, best=1, torch=2 * 1.5 if published else 1)
 
 
+# --- Who is left out ------------------------------------------------------------------------------------------
+
+
+def _natural_takes(seconds: int, when: Callable[[Problem], bool]) -> Callable[[Problem], Mapping[str, str]]:
+    """The natural form is left out ``when`` it takes longer than anybody wants to wait; no goal speaks of it there."""
+    reason = f"too slow, about {seconds} s a call with 32 clients"
+    return lambda problem: {"jnp natural": reason} if problem.large and when(problem) else {}
+
+
 # --- The table ------------------------------------------------------------------------------------------------
 
 _BACKWARD_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6))
@@ -394,7 +418,6 @@ _LISTS = (Problem(10, 10**6), Problem(32, 10**6), Problem(32, 10**6, "bfloat16")
 
 _ROBUST_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**6), Problem(128, 10**5))
 _SYSTEM_PROBLEMS = (Problem(10, 10**6), Problem(32, 10**5))
-_DISTANCE_PROBLEMS = (Problem(32, 10**6), Problem(128, 10**5), Problem(1000, 10**4))
 
 
 def _num_byzantine(updates: Array) -> int:
@@ -483,6 +506,7 @@ ROWS: tuple[Row, ...] = (
         best=_best_sum,
         numpy=lambda updates, weights: weights @ forms.wide(updates),
         torch=lambda updates, weights: weights @ updates.float(),
+        problems=(*PROBLEMS, *MORE_PROBLEMS, LONG_PROBLEM),
         goals=_linear_goals(),
         gpu_goals=_gpu_linear_goals,
     ),
@@ -519,6 +543,7 @@ ROWS: tuple[Row, ...] = (
         numpy=forms.numpy_median,
         torch=forms.torch_median,
         references=_float32(ff.coordinate_median),
+        problems=(*PROBLEMS, *MORE_PROBLEMS, LONG_PROBLEM),
         goals=_order_statistic_goals(_MEDIAN_GOALS),
         gpu_goals=_gpu_order_statistic_goals(3.8),
     ),
@@ -555,6 +580,7 @@ ROWS: tuple[Row, ...] = (
         numpy=_trimmed(forms.numpy_trimmed_mean),
         torch=_trimmed(forms.torch_trimmed_mean),
         references=_float32(ff.trimmed_mean),
+        problems=(*PROBLEMS, *MORE_PROBLEMS),
         goals=_order_statistic_goals(_TRIMMED_MEAN_GOALS),
         gpu_goals=_gpu_order_statistic_goals(4.4),
     ),
@@ -602,8 +628,9 @@ ROWS: tuple[Row, ...] = (
         best=forms.best_distances,
         numpy=forms.numpy_distances,
         torch=forms.torch_distances,
-        problems=_DISTANCE_PROBLEMS,
-        gpu_problems=_DISTANCE_PROBLEMS,
+        problems=tuple(_DISTANCE_GOALS),
+        gpu_problems=tuple(_DISTANCE_GOALS),
+        goals=lambda problem: _DISTANCE_GOALS.get(problem, {}),
     ),
     Row(
         "multi_krum",
@@ -677,6 +704,7 @@ ROWS: tuple[Row, ...] = (
         problems=(*_PRIVATE_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS),
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=_clip_goals,
+        left_out=_natural_takes(18, lambda problem: problem.clients > 10 and problem.dtype != "float32"),
     ),
     Row(
         "noisy_weighted_sum",
@@ -688,6 +716,7 @@ ROWS: tuple[Row, ...] = (
         problems=_PRIVATE_PROBLEMS,
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=_noise_goals,
+        left_out=_natural_takes(17, lambda problem: problem.clients > 10 and problem.dtype != "float32"),
     ),
     Row(
         "clipped_noisy_weighted_sum",
@@ -702,6 +731,7 @@ ROWS: tuple[Row, ...] = (
         problems=_PRIVATE_PROBLEMS,
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=lambda problem: goals(best=1.3) if problem.large else {},
+        left_out=_natural_takes(18, lambda problem: problem.clients > 10),
     ),
     Row(
         "fedavgm_weighted_update",
@@ -777,6 +807,7 @@ ROWS: tuple[Row, ...] = (
         problems=_CODES,
         gpu_problems=_CODES,
         goals=_quantized_goals,
+        left_out=_natural_takes(36, lambda problem: problem.clients > 10),
     ),
     Row(
         "quantized_weighted_sum",
@@ -789,6 +820,7 @@ ROWS: tuple[Row, ...] = (
         torch=forms.torch_packed_sum,
         problems=_CODES,
         gpu_problems=_CODES,
+        left_out=_natural_takes(18, lambda problem: problem.clients > 10),
     ),
     Row(
         "topk_sparsify",

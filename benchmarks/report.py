@@ -135,6 +135,15 @@ def is_of_a_system(row: Mapping[str, Any]) -> bool:
     return any(row["row"].endswith(f"/as in {system}") for system in SYSTEMS)
 
 
+def left_out_words(report: Report) -> list[str]:
+    """Who was not measured where, and why."""
+    return [
+        f"{name} of {row['row']}, {_label(row)} ({reason})"
+        for row in report["rows"]
+        for name, reason in row["left_out"].items()
+    ]
+
+
 def system_cells(report: Report) -> list[list[str]]:
     """Other systems' rules, beside ours that mean the same."""
     return [
@@ -194,7 +203,7 @@ def markdown(report: Report) -> str:
         if not row["tree"] and not is_of_a_system(row)
     ]
     patience = report["options"]["patience"]
-    fewer = f", three at least of a contender that had used {patience:g} s" if patience else ""
+    fewer = f"; three of a contender that had then used {patience:g} s, two where a call takes 5 s" if patience else ""
     parts = [
         f"*{_headline(report)}*",
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); *cold* is our first call\n"
@@ -213,6 +222,8 @@ def markdown(report: Report) -> str:
         parts.append(markdown_table(*instruction_set_cells(report)))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
+    if left_out := left_out_words(report):
+        parts.append("Left out: " + "; ".join(left_out) + ".")
     parts.extend(f"Skipped: {line}." for line in report["skipped"])
     return "\n\n".join(parts) + "\n"
 
@@ -253,6 +264,8 @@ def show(report: Report) -> None:
         _show_plain(console, Table(title="The kernels of each instruction set"), *instruction_set_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
+    for words in left_out_words(report):
+        console.print(f"Left out: {words}", style="dim", markup=False)
     for row in report["rows"]:
         for name, error in row["errors"].items():
             console.print(f"{row['row']}, {_label(row)}: {name} {error}", style="red", markup=False)

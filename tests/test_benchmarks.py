@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
 import weakref
 from functools import partial
 from pathlib import Path
@@ -111,6 +113,27 @@ def test_goals_are_about_contenders_that_run() -> None:
             assert {*row.goals(problem), *row.gpu_goals(problem)} <= known, row.name
     assert row_named("coordinate_median").goals(Problem(32, 10**6))["numpy"].least == 18
     assert row_named("coordinate_median").goals(Problem(32, 10**4)) == {}
+
+
+def test_nobody_with_a_goal_is_left_out() -> None:
+    for row in ROWS:
+        for problem in (*row.problems, *row.gpu_problems):
+            assert not row.left_out(problem).keys() & row.goals(problem).keys(), (row.name, problem.label)
+            assert OURS not in row.left_out(problem)
+
+
+def test_who_is_left_out_is_said() -> None:
+    row = dataclasses.replace(row_named("weighted_sum"), left_out=lambda problem: {"jnp natural": "too slow, years"})
+    measured = measure.measure_row(row, TINY, repetitions=1)
+    assert "jnp natural" not in measured["contenders"] and "jnp best" in measured["contenders"]
+    assert report.left_out_words({"rows": [measured]}) == [
+        "jnp natural of weighted_sum, 4 x 64 float32 (too slow, years)"
+    ]
+
+
+def test_labels_are_short() -> None:
+    labels = [Problem(32, size).label for size in (64, 1000, 1024, 2**20, 10**6, 3000)]
+    assert labels == [f"32 x {size} float32" for size in ("64", "1e3", "2^10", "2^20", "1e6", "3000")]
 
 
 def test_shapes_are_read() -> None:
@@ -292,6 +315,14 @@ def test_impatience_stops_after_three_samples() -> None:
     timings = {"slow": measure.Timing(0.0)}
     measure.interleave([slow], timings, 7, "cpu", patience=0.0)
     assert len(timings["slow"].samples) == 3
+
+
+def test_long_calls_are_made_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "sample", lambda contender, calls, platform: 6.0)
+    for repetitions, patience, samples in ((7, 1.0, 2), (1, 1.0, 1), (7, 13.0, 3), (7, math.inf, 7)):
+        timings = {"slow": measure.Timing(0.0)}
+        measure.interleave([measure.Contender("slow", lambda: None)], timings, repetitions, "cpu", patience)
+        assert len(timings["slow"].samples) == samples
 
 
 @pytest.mark.parametrize("copy", [False, True])
