@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import curves, instruction_sets, machine, measure, operations, report, systems, trees
+from benchmarks import curves, footprint, instruction_sets, machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results"
+
+
+# The parts of a report that are measured, in the order in which they are shown.
+MEASURED = ("rows", "overhead", "curves", "instruction_sets", "build")
 
 
 class Task(NamedTuple):
@@ -59,7 +63,7 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
             earlier = report.load(path)
         except ValueError as error:
             sys.exit(f"benchmarks: {error}")
-        asked_again = () if options.resume else options.parts
+        asked_again = () if options.resume else (*options.parts, *(["build"] if options.build else []))
         result |= {
             part: earlier[part]
             for part in ("rows", "overhead", "curves", "instruction_sets")
@@ -85,6 +89,8 @@ def tasks(options: argparse.Namespace, platform: str, done: report.Report) -> li
         todo += _curve_tasks(options, platform, done)
     if "instruction_sets" in parts:
         todo += _instruction_set_tasks(options, done)
+    if options.build and not done["build"]:
+        todo.append(Task("a wheel from nothing", lambda result: result["build"].update(footprint.build_wheel())))
     return todo
 
 
@@ -186,10 +192,12 @@ def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
         "skipped": [
             f"{name} is not installed: {loss}" for name, loss in optional.items() if not machine.is_importable(name)
         ],
+        "module_bytes": footprint.module_bytes(),
         "rows": [],
         "overhead": [],
         "curves": [],
         "instruction_sets": [],
+        "build": {},
     }
 
 
@@ -247,6 +255,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--instruction-sets", dest="parts", action="append_const", const="instruction_sets",
         help="only the main operations with the kernels of each instruction set; the same",
     )  # fmt: skip
+    parser.add_argument("--build", action="store_true", help="time the build of a wheel from nothing, too")
     parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--table", type=_report_file, metavar="FILE", help="print FILE as markdown; measure nothing")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import instruction_sets
+from benchmarks import footprint, instruction_sets
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
 from benchmarks.systems import SYSTEMS
 
@@ -98,6 +98,22 @@ def _headline(report: Report) -> str:
     level = kernels.get("instruction_set", "loaded")
     native = f"kernels: {level}" if kernels["loaded"] else "no compiled kernels: jax.numpy definitions"
     return f"{machine['device']}, {machine['cores']} cores, {versions}; {native}; {report['date']}"
+
+
+def footprint_words(report: Report) -> list[tuple[str, bool | None]]:
+    """What the package weighs and what its build takes, in words, and whether the goal is met."""
+    most = f"goal: under {footprint.MOST_BYTES / 1e6:g} MB"
+    words: list[tuple[str, bool | None]] = [
+        (f"{name} module {size / 1e6:.2g} MB ({most})", size < footprint.MOST_BYTES)
+        for name, size in report["module_bytes"].items()
+    ]
+    if build := report["build"]:
+        seconds, limit = build["seconds"], footprint.MOST_SECONDS
+        words += [
+            (f"wheel {build['wheel_bytes'] / 1e6:.2g} MB ({most})", build["wheel_bytes"] < footprint.MOST_BYTES),
+            (f"built from nothing in {seconds:.0f} s by {build['jobs']} jobs (goal: under {limit} s)", seconds < limit),
+        ]
+    return words
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------
@@ -206,6 +222,7 @@ def markdown(report: Report) -> str:
     fewer = f"; three of a contender that had then used {patience:g} s, two where a call takes 5 s" if patience else ""
     parts = [
         f"*{_headline(report)}*",
+        "; ".join(f"{words}: {_SIGNS[met]}" for words, met in footprint_words(report)) + ".",
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); *cold* is our first call\n"
         "after somebody else's turn over the calls that follow it, of which *ms* and all ratios speak; the floor is\n"
         "the time to move every input and every result once at the rate a probe reached between the calls. Medians of "
@@ -264,6 +281,8 @@ def show(report: Report) -> None:
         _show_plain(console, Table(title="The kernels of each instruction set"), *instruction_set_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
+    for words, met in footprint_words(report):
+        console.print(words, style=colors[met], markup=False)
     for words in left_out_words(report):
         console.print(f"Left out: {words}", style="dim", markup=False)
     for row in report["rows"]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,11 @@ import pytest
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
-from benchmarks import curves, forms, instruction_sets, measure, operations, report, systems, trees
+from benchmarks import curves, footprint, forms, instruction_sets, measure, operations, report, systems, trees
 from benchmarks.operations import FLOOR, OURS, ROWS, TINY, Problem
 from fedfuse_jax import _primitive
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def row_named(name: str) -> operations.Row:
@@ -419,6 +422,34 @@ def test_instruction_sets_are_measured_in_their_own_processes(
         assert all(row["seconds"] > 0 for row in run["rows"])
 
 
+# --- The footprint --------------------------------------------------------------------------------------------
+
+
+def test_a_wheel_is_built_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", "ccache")
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> None:
+        assert command[:4] == [sys.executable, "-m", "pip", "wheel"] and command[-1] == str(ROOT) and check
+        assert env["CCACHE_DISABLE"] == "1" and "CMAKE_CXX_COMPILER_LAUNCHER" not in env
+        Path(command[command.index("-w") + 1], "fedfuse_jax-0-any.whl").write_bytes(bytes(12 * 10**6))
+
+    monkeypatch.setattr(footprint.subprocess, "run", run)
+    rows = ["--shapes", "4x64", "--operations", "finite_clients", "--repetitions", "1"]
+    assert command_line.main([*rows, "--build", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    text = report.markdown(report.load(path))
+    assert "wheel 12 MB (goal: under 10 MB): missed" in text and "by 2 jobs (goal: under 240 s): met" in text
+
+
+def test_modules_are_weighed() -> None:
+    for name, size in footprint.module_bytes().items():
+        assert size > 10**5, name
+    words = report.footprint_words({"module_bytes": {"cpu": 9_900_000}, "build": {}})
+    assert words == [("cpu module 9.9 MB (goal: under 10 MB)", True)]
+
+
 # --- The report -----------------------------------------------------------------------------------------------
 
 
@@ -428,6 +459,7 @@ def test_the_file_has_its_schema(finished: tuple[report.Report, Path]) -> None:
     assert path.stem.startswith(f"{result['date']}-cpu-")
     assert {"cpu", "cores", "device", "versions", "kernels"} <= set(result["machine"])
     assert result["machine"]["versions"]["jax"] == jax.__version__
+    assert result["machine"]["versions"]["fedfuse-jax"] == ff.__version__
     assert {(row["row"], row["tree"]) for row in result["rows"]} >= {("weighted_sum", ""), ("weighted_sum", "3 leaves")}
     for row in result["rows"]:
         assert row["bytes"]["read"] > 0 and row["bytes"]["written"] > 0
