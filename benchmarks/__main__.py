@@ -18,7 +18,8 @@ import jax
 from benchmarks import curves, footprint, instruction_sets, machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
-DEFAULT_OUTPUT = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_OUTPUT = ROOT / "benchmarks" / "results"
 
 
 # The parts of a report that are measured, in the order in which they are shown.
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         print(report.markdown(report.load(options.table)), end="")
         return 0
+    if options.publish:
+        return _publish(options.publish)
     platform = "gpu" if options.gpu else "cpu"
     if options.gpu and jax.default_backend() != "gpu":
         sys.exit(f"benchmarks: --gpu needs a GPU that JAX can use; JAX has only {jax.default_backend()} here")
@@ -54,6 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row["errors"] for row in result["rows"]))
 
 
+def _publish(path: Path) -> int:
+    """Draws a report, writes the documentation's tables and pictures, and renews README's rows."""
+    result = report.load(path)
+    if not machine.is_importable("matplotlib"):
+        sys.exit("benchmarks: --publish needs matplotlib: pip install matplotlib")
+    table = ROOT / "docs" / "benchmarks_table.md"
+    readme = ROOT / "README.md"
+    text = report.markdown(result)
+    try:
+        renewed = report.with_rows(readme.read_text(), text)
+    except ValueError as error:
+        sys.exit(f"benchmarks: {readme.name}: {error}")
+    pictures = report.plots(result, path)
+    table.write_text(text + report.picture_links(pictures, table.parent))
+    readme.write_text(renewed)
+    for written in (*pictures, table, readme):
+        print(f"Wrote {written}")
+    return 0
+
+
 def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
     """Measures what the options ask for, and saves after every measurement."""
     result = _new_report(options, platform)
@@ -64,11 +87,7 @@ def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
         except ValueError as error:
             sys.exit(f"benchmarks: {error}")
         asked_again = () if options.resume else (*options.parts, *(["build"] if options.build else []))
-        result |= {
-            part: earlier[part]
-            for part in ("rows", "overhead", "curves", "instruction_sets")
-            if part not in asked_again
-        }
+        result |= {part: earlier[part] for part in MEASURED if part not in asked_again}
     for line in result["skipped"]:
         print(f"benchmarks: {line}")
     for task in _with_progress(tasks(options, platform, result)):
@@ -232,10 +251,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times every operation against jax.numpy, NumPy, PyTorch and other systems in one process, "
-        "and against what the memory gives in the same run. Writes JSON and a plot, shows a table.",
+        "and against what the memory gives in the same run. Writes JSON and plots, shows tables.",
         epilog=f"operations: {', '.join(names)}",
     )
-    parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, about a minute")
+    parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, a few minutes")
     parser.add_argument("--operations", type=_operations, metavar="A,B", help="only these (or rows, like A/backward)")
     parser.add_argument("--shapes", type=_shapes, metavar="NxD,…", help="instead of the rows' own: 32x1e6,100x2^20")
     parser.add_argument("--dtypes", type=_dtypes, metavar="A,B", help="only these dtypes (with --shapes: in each)")
@@ -259,6 +278,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--table", type=_report_file, metavar="FILE", help="print FILE as markdown; measure nothing")
+    parser.add_argument(
+        "--publish", type=_report_file, metavar="FILE",
+        help="draw FILE and write it into docs/benchmarks_table.md and README.md; measure nothing",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     options.repetitions = options.repetitions or (5 if options.quick else 11)
     return options

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fedfuse_jax as ff
 from benchmarks import footprint, instruction_sets
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
 from benchmarks.systems import SYSTEMS
@@ -245,6 +246,35 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+BEGIN, END = "<!-- benchmarks:begin -->\n", "<!-- benchmarks:end -->"
+
+
+def with_rows(page: str, table: str) -> str:
+    """``page`` with the rows of the first table that it shows, between two marks, as they are in ``table``."""
+
+    def key(line: str) -> tuple[str, str]:
+        name, problem = (cell.strip() for cell in line.split("|")[1:3])
+        return name.removesuffix(" (inconclusive)"), problem.removesuffix(", donated")
+
+    before, _, rest = page.partition(BEGIN)
+    shown, _, after = rest.partition(END)
+    headline, *generated = [line for line in table.splitlines() if line.startswith(("|", "*"))]
+    known: dict[tuple[str, str], str] = {}
+    for line in generated:
+        known.setdefault(key(line), line)
+    wanted = [key(line) for line in shown.splitlines() if line.startswith("|")]
+    if missing := [" ".join(row) for row in wanted[2:] if row not in known]:
+        raise ValueError(f"shows {', '.join(missing)}, which this report has not measured")
+    rows = [*generated[:2], *(known[row] for row in wanted[2:])]
+    return before + BEGIN + "\n".join([headline, "", *rows, ""]) + END + after
+
+
+def picture_links(pictures: Sequence[Path], folder: Path) -> str:
+    """The pictures in Markdown, for a page in ``folder``."""
+    links = [f"![{picture.stem}]({os.path.relpath(picture, folder)})" for picture in pictures]
+    return "".join(f"\n{link}\n" for link in links)
+
+
 # --- Screen ---------------------------------------------------------------------------------------------------
 
 
@@ -303,14 +333,35 @@ def _show_plain(console: Any, table: Any, header: Sequence[str], rows: Sequence[
 _COLORS = {"jnp natural": "#9db4c0", "jnp best": "#2f6690", "numpy": "#e0a458", "torch": "#c8553d"}
 
 
+_FAMILIES = {
+    "reduce": "sums",
+    "robust": "order statistics",
+    "distances": "robust rules",
+    "centers": "robust rules",
+    "private": "private sums",
+    "server": "server optimizers",
+    "compressed": "compressed updates",
+}
+
+
+def family(operation: str) -> str:
+    """Which picture an operation is in: by the module that it lives in."""
+    return _FAMILIES[getattr(ff, operation).__module__.rpartition(".")[2]]
+
+
 def plots(report: Report, path: Path) -> list[Path]:
     """Draws what there is to draw, beside the file of the results; which pictures those are."""
     import matplotlib
 
     matplotlib.use("Agg")
     drawn = []
-    if _plot_ratios(report, path.with_suffix(".png")):
-        drawn.append(path.with_suffix(".png"))
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for row in report["rows"]:
+        if set(PEERS) & set(row["ratios"]):
+            families.setdefault(family(row["operation"]), []).append(row)
+    for name, rows in families.items():
+        drawn.append(path.with_name(f"{path.stem}-{name.replace(' ', '-')}.png"))
+        _plot_ratios(report, name, rows, drawn[-1])
     if report["curves"]:
         drawn.append(path.with_name(f"{path.stem}-roofline.png"))
         _plot_curves(report, drawn[-1])
@@ -351,52 +402,55 @@ def _plot_curves(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_ratios(report: Report, path: Path) -> bool:
+def _plot_ratios(report: Report, title: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the ratios to each peer and, beside them, of the fraction of the floor; goals as marks."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    rows = [row for row in report["rows"] if set(PEERS) & set(row["ratios"])]
-    if not rows:
-        return False
     peers = [peer for peer in PEERS if any(peer in row["ratios"] for row in rows)]
+    size = 13, 1.8 + (0.14 * len(peers) + 0.06) * max(len(rows), 3)
     figure, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, width_ratios=(3, 1.3), figsize=(13, 1.8 + 0.62 * len(rows)), layout="constrained"
+        1, 2, sharey=True, width_ratios=(3, 1.3), figsize=size, layout="constrained"
     )
     height = 0.8 / max(len(peers), 1)
     for number, peer in enumerate(peers):
-        places = [index - 0.4 + (number + 0.5) * height for index, row in enumerate(rows) if peer in row["ratios"]]
-        ratios = [row["ratios"][peer] for row in rows if peer in row["ratios"]]
-        # On a logarithmic axis bars grow from 1, the break-even: to the right we are faster, to the left slower.
-        left.barh(places, [ratio - 1 for ratio in ratios], height * 0.9, left=1, color=_COLORS[peer], label=peer)
-        for place, ratio in zip(places, ratios, strict=True):
-            beyond = {"ha": "left", "xytext": (3, 0)} if ratio >= 1 else {"ha": "right", "xytext": (-3, 0)}
+        for index, row in enumerate(rows):
+            if peer not in row["ratios"]:
+                continue
+            ratio, place = row["ratios"][peer], index - 0.4 + (number + 0.5) * height
+            # On a logarithmic axis bars grow from 1, the break-even: to the right we are faster, to the left slower.
+            left.barh(place, ratio - 1, height * 0.9, left=1, color=_COLORS[peer], label=peer)
+            end = ratio
+            if peer in row["goals"]:
+                least = row["goals"][peer]["least"]
+                left.plot([least, least], [place - height / 2, place + height / 2], color="black", linewidth=1.4)
+                end = least if ratio <= least < 1.5 * ratio else ratio  # clear of the mark
+            beyond = {"ha": "left", "xytext": (3, 0)} if end >= 1 else {"ha": "right", "xytext": (-3, 0)}
             left.annotate(
-                f"{_number(ratio)}x", (ratio, place), textcoords="offset points", va="center", fontsize=7, **beyond
+                f"{_number(ratio)}x", (end, place), textcoords="offset points", va="center", fontsize=7, **beyond
             )
-        goals = [(row["goals"][peer]["least"], index) for index, row in enumerate(rows) if peer in row["goals"]]
-        for least, index in goals:
-            place = index - 0.4 + (number + 0.5) * height
-            left.plot([least, least], [place - height / 2, place + height / 2], color="black", linewidth=1.4)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log")
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.margins(x=0.12)
     left.set_xlabel("time of the other over ours, logarithmic; black marks: goals")
     left.set_yticks(range(len(rows)), ["\n".join(cells(row)[:2]) for row in rows], fontsize=8)
     left.set_ylim(len(rows) - 0.4, -0.6)
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(peers), frameon=False)
+    handles = {label: handle for handle, label in zip(*left.get_legend_handles_labels(), strict=True)}
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(handles), "frameon": False}
+    left.legend(handles.values(), handles.keys(), **place)
 
     fractions = [row["fraction_of_floor"] for row in rows]
     right.barh(range(len(rows)), fractions, 0.5, color="#5a8f69")
     for index, row in enumerate(rows):
-        right.annotate(
-            f"{fractions[index]:.2f}", (fractions[index], index), xytext=(3, 0), textcoords="offset points",
-            va="center", fontsize=7,
-        )  # fmt: skip
+        end = fractions[index]
         if FLOOR in row["goals"]:
             least = row["goals"][FLOOR]["least"]
             right.plot([least, least], [index - 0.3, index + 0.3], color="black", linewidth=1.4)
+            end = least if end <= least < end + 0.15 else end
+        text = f"{fractions[index]:.2f}"
+        right.annotate(text, (end, index), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlim(0, max(1.15, 1.1 * max(fractions)))
     right.set_xlabel("fraction of the floor")
@@ -405,7 +459,6 @@ def _plot_ratios(report: Report, path: Path) -> bool:
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", length=0)
-    figure.suptitle(f"FedFuse-JAX operations\n{_headline(report)}", fontsize=10)
+    figure.suptitle(f"FedFuse-JAX: {title}\n{_headline(report)}", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    return True

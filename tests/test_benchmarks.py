@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 import weakref
 from functools import partial
@@ -480,9 +481,61 @@ def test_bytes_are_counted(finished: tuple[report.Report, Path]) -> None:
     assert (row["bytes"]["read"], row["bytes"]["written"]) == (4 * 64 * 4 + 4 * 4, 64 * 4)
 
 
-def test_the_plot_is_drawn(finished: tuple[report.Report, Path]) -> None:
+def test_plots_are_drawn(finished: tuple[report.Report, Path]) -> None:
     pytest.importorskip("matplotlib")
-    assert finished[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    path = finished[1]
+    pictures = {picture.name: picture for picture in path.parent.glob("*.png")}
+    assert set(pictures) == {f"{path.stem}-sums.png", f"{path.stem}-order-statistics.png"}
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures.values())
+
+
+def test_every_operation_has_a_picture() -> None:
+    assert {report.family(row.operation) for row in ROWS} == set(report._FAMILIES.values())
+
+
+README = """Before.
+<!-- benchmarks:begin -->
+*old machine*
+
+| operation | clients x parameters | goals |
+| --- | --- | --- |
+| stack_clients (inconclusive) | 4 x 64 float32 | 1 |
+| weighted_sum | 4 x 64 float32, donated | 2 |
+<!-- benchmarks:end -->
+After.
+"""
+
+
+def test_rows_of_the_readme_are_renewed(finished: tuple[report.Report, Path]) -> None:
+    table = report.markdown(finished[0])
+    lines = report.with_rows(README, table).splitlines()
+    assert (lines[:2], lines[-2:]) == (README.splitlines()[:2], README.splitlines()[-2:])
+    assert lines[2] == table.splitlines()[0] and lines[3] == ""
+    assert [line.split()[1] for line in lines[4:-2]] == ["operation", "---", "stack_clients", "weighted_sum"]
+    assert all(line in table.splitlines() for line in lines[2:-2])
+    again = report.with_rows("\n".join(lines), table)
+    assert again == "\n".join(lines)
+    with pytest.raises(ValueError, match="shows weighted_sum 7 x 64 float32"):
+        report.with_rows(README.replace("4 x 64 float32, d", "7 x 64 float32, d"), table)
+
+
+def test_a_report_is_published(
+    finished: tuple[report.Report, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "a.json"
+    report.save(finished[0], path)
+    assert command_line.main(["--publish", str(path)]) == 0
+    table = (tmp_path / "docs" / "benchmarks_table.md").read_text()
+    assert table.startswith(report.markdown(finished[0]))
+    links = re.findall(r"!\[.*\]\((.*)\)", table)
+    assert links == ["../results/a-sums.png", "../results/a-order-statistics.png"]
+    assert all((tmp_path / "docs" / link).exists() for link in links)
+    assert "old machine" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_table_is_markdown(finished: tuple[report.Report, Path], capsys: pytest.CaptureFixture[str]) -> None:
