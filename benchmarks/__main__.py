@@ -178,8 +178,13 @@ def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Prob
         # A variant is another way to call the operation; what a tree costs is asked of the operation itself.
         return tuple(dict.fromkeys(shape for shape in replaced if not shape.tree or not row.variant))
     if options.quick:
-        cut = tuple(dataclasses.replace(p, parameters=10**5) for p in own if p.tree and p.tree not in trees.NETWORKS)
-        own = (*operations.QUICK_PROBLEMS, *cut) if len({p.clients for p in own}) > 1 else (Problem(1, 10**6), *cut)
+        several = len({problem.clients for problem in own}) > 1
+        cut = tuple(
+            dataclasses.replace(problem, parameters=min(problem.parameters, 10**5 if problem.tree else 10**6))
+            for problem in own
+            if problem.tree not in trees.NETWORKS and (problem.tree or not several)
+        )
+        own = (*operations.QUICK_PROBLEMS, *cut) if several else cut
     return tuple(problem for problem in own if not options.dtypes or problem.dtype in options.dtypes)
 
 

@@ -45,8 +45,8 @@ MOST_CALLS = 200
 # Where a call is shorter than this, a turn begins with one that does not count: the cold one. The system takes
 # milliseconds to get back what the turn before has freed, after its result was there.
 SHORT_CALL_SECONDS = 0.05
-# Who has used up all patience still gets this many samples; two where a call is this long.
-LEAST_SAMPLES, LONG_CALL_SECONDS = 3, 5.0
+# Who has used up all patience still gets this many samples; or this many where one call has.
+LEAST_SAMPLES, LEAST_OF_LONG_CALLS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -291,17 +291,18 @@ def interleave(
 ) -> None:
     """Fills ``timings``: so many rounds in which everybody has one turn, in another order every round.
 
-    Whoever has used up ``patience`` seconds sits out, but not before three samples; two of long calls, of which the
-    one that tells how long they are is one.
+    Whoever has used up ``patience`` seconds sits out, but not before three samples; before two where one call takes as
+    long, and then the call that said so is one of them.
     """
-    short = set()
+    short, least = set(), dict.fromkeys(timings, LEAST_SAMPLES)
     for contender in everybody:
         seconds = sample(contender, 1, platform)
         if seconds < 10 * SHORT_CALL_SECONDS:  # that one was cold
             seconds = sample(contender, 1, platform)
         if seconds < SHORT_CALL_SECONDS:
             short.add(contender.name)
-        if seconds >= LONG_CALL_SECONDS and not math.isinf(patience):
+        if seconds >= patience:
+            least[contender.name] = LEAST_OF_LONG_CALLS
             timings[contender.name].samples.append(seconds)
         wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
         timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
@@ -310,8 +311,7 @@ def interleave(
         for contender in shuffled.sample(everybody, len(everybody)):
             timing = timings[contender.name]
             used = sum(timing.samples) * timing.calls_per_sample
-            least = 2 if max(timing.samples, default=0) >= LONG_CALL_SECONDS else LEAST_SAMPLES
-            if len(timing.samples) < (repetitions if used < patience else min(least, repetitions)):
+            if len(timing.samples) < (repetitions if used < patience else min(least[contender.name], repetitions)):
                 if contender.name in short:
                     timing.cold_samples.append(sample(contender, 1, platform))
                 timing.samples.append(sample(contender, timing.calls_per_sample, platform))

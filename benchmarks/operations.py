@@ -892,5 +892,6 @@ ROWS: tuple[Row, ...] = (
         "bulyan",
         lambda updates: flower.LegacyBulyan(_few_byzantine(updates))(updates),
         systems.flower_function("aggregate_bulyan", _few_byzantine, rule="aggregate_krum", to_keep=0),
+        _SYSTEM_PROBLEMS[1:],  # as for mean_around_median
     ),
 )

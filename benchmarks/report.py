@@ -220,7 +220,11 @@ def markdown(report: Report) -> str:
         if not row["tree"] and not is_of_a_system(row)
     ]
     patience = report["options"]["patience"]
-    fewer = f"; three of a contender that had then used {patience:g} s, two where a call takes 5 s" if patience else ""
+    fewer = (
+        f"; three of a contender that had then used {patience:g} s, two where one call takes as long"
+        if patience
+        else ""
+    )
     parts = [
         f"*{_headline(report)}*",
         "; ".join(f"{words}: {_SIGNS[met]}" for words, met in footprint_words(report)) + ".",

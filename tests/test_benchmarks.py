@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_who_is_left_out_is_said() -> None:
 def test_labels_are_short() -> None:
     labels = [Problem(32, size).label for size in (64, 1000, 1024, 2**20, 10**6, 3000)]
     assert labels == [f"32 x {size} float32" for size in ("64", "1e3", "2^10", "2^20", "1e6", "3000")]
+
+
+def test_quick_problems_are_small_and_sensible() -> None:
+    options = command_line._parse(["--quick"])
+    for row in ROWS:
+        chosen = command_line.problems(row, options, "cpu")
+        assert chosen and all(problem.clients * problem.parameters <= 4 * 10**6 for problem in chosen), row.name
+        assert {problem.clients for problem in chosen} <= {10, *(problem.clients for problem in row.problems)}
+    assert command_line.problems(row_named("fedadam_weighted_update"), options, "cpu") == (Problem(4, 10**6),)
 
 
 def test_shapes_are_read() -> None:
@@ -315,15 +325,15 @@ def test_nobody_holds_anothers_result() -> None:
 
 
 def test_impatience_stops_after_three_samples() -> None:
-    slow = measure.Contender("slow", lambda: None)
+    slow = measure.Contender("slow", lambda: time.sleep(0.01))
     timings = {"slow": measure.Timing(0.0)}
-    measure.interleave([slow], timings, 7, "cpu", patience=0.0)
+    measure.interleave([slow], timings, 7, "cpu", patience=0.02)
     assert len(timings["slow"].samples) == 3
 
 
 def test_long_calls_are_made_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "sample", lambda contender, calls, platform: 6.0)
-    for repetitions, patience, samples in ((7, 1.0, 2), (1, 1.0, 1), (7, 13.0, 3), (7, math.inf, 7)):
+    for repetitions, patience, samples in ((7, 1.0, 2), (1, 1.0, 1), (7, 7.0, 3), (7, 13.0, 3), (7, math.inf, 7)):
         timings = {"slow": measure.Timing(0.0)}
         measure.interleave([measure.Contender("slow", lambda: None)], timings, repetitions, "cpu", patience)
         assert len(timings["slow"].samples) == samples
