@@ -41,8 +41,8 @@ class Problem:
     def label(self) -> str:
         """Like ``32 x 1e6 float16``."""
         size, tree = str(self.parameters), f" in {self.tree}" if self.tree else ""
-        if self.parameters >= 1000 and self.parameters == 10 ** (len(size) - 1):
-            size = f"1e{len(size) - 1}"
+        if self.parameters >= 1000 and not size[1:].strip("0"):
+            size = f"{size[0]}e{len(size) - 1}"
         elif self.parameters >= 1000 and self.parameters.bit_count() == 1:
             size = f"2^{self.parameters.bit_length() - 1}"
         return f"{self.clients} x {size} {self.dtype}{tree}"
@@ -398,10 +398,9 @@ def _gpu_sparse_goals(problem: Problem) -> Goals:
 # --- Who is left out ------------------------------------------------------------------------------------------
 
 
-def _natural_takes(seconds: int, when: Callable[[Problem], bool]) -> Callable[[Problem], Mapping[str, str]]:
+def _natural_takes(time: str, when: Callable[[Problem], bool]) -> Callable[[Problem], Mapping[str, str]]:
     """The natural form is left out ``when`` it takes longer than anybody wants to wait; no goal speaks of it there."""
-    reason = f"too slow, about {seconds} s a call with 32 clients"
-    return lambda problem: {"jnp natural": reason} if problem.large and when(problem) else {}
+    return lambda problem: {"jnp natural": f"too slow, about {time}"} if problem.large and when(problem) else {}
 
 
 # --- The table ------------------------------------------------------------------------------------------------
@@ -544,6 +543,7 @@ ROWS: tuple[Row, ...] = (
         torch=forms.torch_median,
         references=_float32(ff.coordinate_median),
         problems=(*PROBLEMS, *MORE_PROBLEMS, LONG_PROBLEM),
+        left_out=_natural_takes("10 s a call", lambda problem: problem.clients == 100),
         goals=_order_statistic_goals(_MEDIAN_GOALS),
         gpu_goals=_gpu_order_statistic_goals(3.8),
     ),
@@ -581,6 +581,7 @@ ROWS: tuple[Row, ...] = (
         torch=_trimmed(forms.torch_trimmed_mean),
         references=_float32(ff.trimmed_mean),
         problems=(*PROBLEMS, *MORE_PROBLEMS),
+        left_out=_natural_takes("10 s a call", lambda problem: problem.clients == 100),
         goals=_order_statistic_goals(_TRIMMED_MEAN_GOALS),
         gpu_goals=_gpu_order_statistic_goals(4.4),
     ),
@@ -704,7 +705,9 @@ ROWS: tuple[Row, ...] = (
         problems=(*_PRIVATE_PROBLEMS, TREE_PROBLEM, *NETWORK_PROBLEMS),
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=_clip_goals,
-        left_out=_natural_takes(18, lambda problem: problem.clients > 10 and problem.dtype != "float32"),
+        left_out=_natural_takes(
+            "18 s a call with 32 clients", lambda problem: problem.clients > 10 and problem.dtype != "float32"
+        ),
     ),
     Row(
         "noisy_weighted_sum",
@@ -716,7 +719,9 @@ ROWS: tuple[Row, ...] = (
         problems=_PRIVATE_PROBLEMS,
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=_noise_goals,
-        left_out=_natural_takes(17, lambda problem: problem.clients > 10 and problem.dtype != "float32"),
+        left_out=_natural_takes(
+            "17 s a call with 32 clients", lambda problem: problem.clients > 10 and problem.dtype != "float32"
+        ),
     ),
     Row(
         "clipped_noisy_weighted_sum",
@@ -731,7 +736,7 @@ ROWS: tuple[Row, ...] = (
         problems=_PRIVATE_PROBLEMS,
         gpu_problems=_PRIVATE_PROBLEMS,
         goals=lambda problem: goals(best=1.3) if problem.large else {},
-        left_out=_natural_takes(18, lambda problem: problem.clients > 10),
+        left_out=_natural_takes("18 s a call with 32 clients", lambda problem: problem.clients > 10),
     ),
     Row(
         "fedavgm_weighted_update",
@@ -807,7 +812,7 @@ ROWS: tuple[Row, ...] = (
         problems=_CODES,
         gpu_problems=_CODES,
         goals=_quantized_goals,
-        left_out=_natural_takes(36, lambda problem: problem.clients > 10),
+        left_out=_natural_takes("36 s a call with 32 clients", lambda problem: problem.clients > 10),
     ),
     Row(
         "quantized_weighted_sum",
@@ -820,7 +825,7 @@ ROWS: tuple[Row, ...] = (
         torch=forms.torch_packed_sum,
         problems=_CODES,
         gpu_problems=_CODES,
-        left_out=_natural_takes(18, lambda problem: problem.clients > 10),
+        left_out=_natural_takes("18 s a call with 32 clients", lambda problem: problem.clients > 10),
     ),
     Row(
         "topk_sparsify",

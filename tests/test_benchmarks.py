@@ -137,8 +137,8 @@ def test_who_is_left_out_is_said() -> None:
 
 
 def test_labels_are_short() -> None:
-    labels = [Problem(32, size).label for size in (64, 1000, 1024, 2**20, 10**6, 3000)]
-    assert labels == [f"32 x {size} float32" for size in ("64", "1e3", "2^10", "2^20", "1e6", "3000")]
+    labels = [Problem(32, size).label for size in (64, 1000, 1024, 2**20, 10**6, 3000, 200, 1234)]
+    assert labels == [f"32 x {size} float32" for size in ("64", "1e3", "2^10", "2^20", "1e6", "3e3", "200", "1234")]
 
 
 def test_quick_problems_are_small_and_sensible() -> None:
