@@ -225,9 +225,10 @@ def markdown(report: Report) -> str:
         if patience
         else ""
     )
+    weighed = "; ".join(f"{words}: {_SIGNS[met]}" for words, met in footprint_words(report))
     parts = [
         f"*{_headline(report)}*",
-        "; ".join(f"{words}: {_SIGNS[met]}" for words, met in footprint_words(report)) + ".",
+        *([f"{weighed}."] if weighed else []),
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); *cold* is our first call\n"
         "after somebody else's turn over the calls that follow it, of which *ms* and all ratios speak; the floor is\n"
         "the time to move every input and every result once at the rate a probe reached between the calls. Medians of "
