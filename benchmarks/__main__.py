@@ -8,28 +8,29 @@ import datetime
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import machine, measure, operations, report, systems
+from benchmarks import curves, footprint, instruction_sets, machine, measure, operations, report, systems, trees
 from benchmarks.operations import ROWS, Problem, Row
 
-DEFAULT_OUTPUT = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_OUTPUT = ROOT / "benchmarks" / "results"
+
+
+# The parts of a report that are measured, in the order in which they are shown.
+MEASURED = ("rows", "overhead", "curves", "instruction_sets", "build")
 
 
 class Task(NamedTuple):
-    """One measurement to make; without a problem: the price of a call."""
+    """One measurement to make: ``run`` adds it to a report."""
 
-    row: Row
-    problem: Problem | None
-
-    @property
-    def label(self) -> str:
-        """For the progress lines."""
-        return f"{self.row.name} {self.problem.label if self.problem else 'call overhead'}"
+    label: str
+    run: Callable[[report.Report], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         print(report.markdown(report.load(options.table)), end="")
         return 0
+    if options.publish:
+        return _publish(options.publish)
     platform = "gpu" if options.gpu else "cpu"
     if options.gpu and jax.default_backend() != "gpu":
         sys.exit(f"benchmarks: --gpu needs a GPU that JAX can use; JAX has only {jax.default_backend()} here")
@@ -49,50 +52,121 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = output_path(options.output, result)
     print(f"Results: {path}")
     if machine.is_importable("matplotlib"):
-        report.plot(result, path.with_suffix(".png"))
-        print(f"Plot: {path.with_suffix('.png')}")
+        for plot in report.plots(result, path):
+            print(f"Plot: {plot}")
     return int(any(row["errors"] for row in result["rows"]))
 
 
+def _publish(path: Path) -> int:
+    """Draws a report, writes the documentation's tables and pictures, and renews README's rows."""
+    result = report.load(path)
+    if not machine.is_importable("matplotlib"):
+        sys.exit("benchmarks: --publish needs matplotlib: pip install matplotlib")
+    table = ROOT / "docs" / "benchmarks_table.md"
+    readme = ROOT / "README.md"
+    text = report.markdown(result)
+    try:
+        renewed = report.with_rows(readme.read_text(), text)
+    except ValueError as error:
+        sys.exit(f"benchmarks: {readme.name}: {error}")
+    pictures = report.plots(result, path)
+    table.write_text(text + report.picture_links(pictures, table.parent))
+    readme.write_text(renewed)
+    for written in (*pictures, table, readme):
+        print(f"Wrote {written}")
+    return 0
+
+
 def measure_all(options: argparse.Namespace, platform: str) -> report.Report:
-    """Measures what the options ask for, and saves after every row."""
+    """Measures what the options ask for, and saves after every measurement."""
     result = _new_report(options, platform)
     path = output_path(options.output, result)
-    if options.resume and path.exists():
-        earlier = report.load(path)
-        result |= {"rows": earlier["rows"], "overhead": earlier["overhead"]}
+    if path.exists() and (options.resume or options.parts):
+        try:
+            earlier = report.load(path)
+        except ValueError as error:
+            sys.exit(f"benchmarks: {error}")
+        asked_again = () if options.resume else (*options.parts, *(["build"] if options.build else []))
+        result |= {part: earlier[part] for part in MEASURED if part not in asked_again}
     for line in result["skipped"]:
         print(f"benchmarks: {line}")
-    others = [*(["torch"] if machine.is_importable("torch") else []), *systems.installed()]
-    for task in _with_progress([task for task in tasks(options, platform) if not _is_done(task, result)]):
-        if task.problem is None:
-            overhead = measure.measure_overhead(task.row, platform=platform, repetitions=options.repetitions)
-            result["overhead"].append(overhead)
-        else:
-            measured = measure.measure_row(
-                task.row,
-                task.problem,
-                platform=platform,
-                repetitions=options.repetitions,
-                patience=options.patience,
-                others=others,
-            )
-            result["rows"].append(measured)
+    for task in _with_progress(tasks(options, platform, result)):
+        task.run(result)
         report.save(result, path)
     return result
 
 
-def tasks(options: argparse.Namespace, platform: str) -> list[Task]:
-    """Every measurement the options ask for, in the order of the table."""
+def tasks(options: argparse.Namespace, platform: str, done: report.Report) -> list[Task]:
+    """Every measurement the options ask for that is not done, in the order in which it is reported."""
+    todo = []
+    parts = options.parts or ["rows"]
+    if not options.parts and platform == "cpu" and not (options.operations or options.shapes or options.dtypes):
+        parts = [*parts, "curves", "instruction_sets"]
+    if "rows" in parts:
+        todo += _row_tasks(options, platform, done)
+    if "curves" in parts:
+        todo += _curve_tasks(options, platform, done)
+    if "instruction_sets" in parts:
+        todo += _instruction_set_tasks(options, done)
+    if options.build and not done["build"]:
+        todo.append(Task("a wheel from nothing", lambda result: result["build"].update(footprint.build_wheel())))
+    return todo
+
+
+def _row_tasks(options: argparse.Namespace, platform: str, done: report.Report) -> Iterator[Task]:
     here = systems.installed()
+    others = [*(["torch"] if machine.is_importable("torch") else []), *here]
     chosen = [
         row
         for row in ROWS
         if not options.operations or {row.name, row.operation} & set(options.operations)
         if not row.systems or row.systems.keys() & set(here)
     ]
-    measurements = [Task(row, problem) for row in chosen for problem in problems(row, options, platform)]
-    return measurements + [Task(row, None) for row in chosen if not row.variant]
+
+    def measure_one(row: Row, problem: Problem, result: report.Report) -> None:
+        measured = measure.measure_row(
+            row,
+            problem,
+            platform=platform,
+            repetitions=options.repetitions,
+            patience=options.patience,
+            others=others,
+        )
+        result["rows"].append(measured)
+
+    def measure_call(row: Row, result: report.Report) -> None:
+        result["overhead"].append(measure.measure_overhead(row, platform=platform, repetitions=options.repetitions))
+
+    for row in chosen:
+        for problem in problems(row, options, platform):
+            wanted = {"row": row.name, **dataclasses.asdict(problem)}
+            if not any(wanted.items() <= old.items() for old in done["rows"]):
+                yield Task(f"{row.name} {problem.label}", partial(measure_one, row, problem))
+    for row in chosen:
+        if not row.variant and not any(old["row"] == row.name for old in done["overhead"]):
+            yield Task(f"{row.name} call overhead", partial(measure_call, row))
+
+
+def _curve_tasks(options: argparse.Namespace, platform: str, done: report.Report) -> Iterator[Task]:
+    def measure_one(clients: int, result: report.Report) -> None:
+        points = curves.measure_clients(clients, platform=platform, repetitions=options.repetitions)
+        result["curves"].extend(points)
+
+    for clients in curves.QUICK_CLIENTS if options.quick else curves.CLIENTS:
+        if not any(point["clients"] == clients for point in done["curves"]):
+            yield Task(f"curves {clients} clients", partial(measure_one, clients))
+
+
+def _instruction_set_tasks(options: argparse.Namespace, done: report.Report) -> Iterator[Task]:
+    chosen = instruction_sets.QUICK_PROBLEMS if options.quick else instruction_sets.PROBLEMS
+
+    def measure_one(name: str, result: report.Report) -> None:
+        result["instruction_sets"].append(instruction_sets.run(name, chosen))
+
+    for number in range(1 if options.quick else instruction_sets.ROUNDS):
+        for name in instruction_sets.supported():
+            if sum(run["instruction_set"] == name for run in done["instruction_sets"]) <= number:
+                yield Task(f"instruction set {name}, run {number + 1}", partial(measure_one, name))
 
 
 def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Problem, ...]:
@@ -102,10 +176,15 @@ def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Prob
         dtypes = options.dtypes or ("float32",)
         replaced = [dataclasses.replace(shape, dtype=dtype) for shape in options.shapes for dtype in dtypes]
         # A variant is another way to call the operation; what a tree costs is asked of the operation itself.
-        return tuple(dict.fromkeys(shape for shape in replaced if shape.leaves == 1 or not row.variant))
+        return tuple(dict.fromkeys(shape for shape in replaced if not shape.tree or not row.variant))
     if options.quick:
-        trees = tuple(dataclasses.replace(p, parameters=10**5) for p in own if p.leaves > 1)
-        own = (*operations.QUICK_PROBLEMS, *trees) if len({p.clients for p in own}) > 1 else (Problem(1, 10**6), *trees)
+        several = len({problem.clients for problem in own}) > 1
+        cut = tuple(
+            dataclasses.replace(problem, parameters=min(problem.parameters, 10**5 if problem.tree else 10**6))
+            for problem in own
+            if problem.tree not in trees.NETWORKS and (problem.tree or not several)
+        )
+        own = (*operations.QUICK_PROBLEMS, *cut) if several else cut
     return tuple(problem for problem in own if not options.dtypes or problem.dtype in options.dtypes)
 
 
@@ -137,16 +216,13 @@ def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
         "skipped": [
             f"{name} is not installed: {loss}" for name, loss in optional.items() if not machine.is_importable(name)
         ],
+        "module_bytes": footprint.module_bytes(),
         "rows": [],
         "overhead": [],
+        "curves": [],
+        "instruction_sets": [],
+        "build": {},
     }
-
-
-def _is_done(task: Task, result: report.Report) -> bool:
-    if task.problem is None:
-        return any(row["row"] == task.row.name for row in result["overhead"])
-    wanted = {"row": task.row.name, **dataclasses.asdict(task.problem)}
-    return any(wanted.items() <= row.items() for row in result["rows"])
 
 
 def _with_progress(todo: Sequence[Task]) -> Iterator[Task]:
@@ -180,10 +256,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times every operation against jax.numpy, NumPy, PyTorch and other systems in one process, "
-        "and against what the memory gives in the same run. Writes JSON and a plot, shows a table.",
+        "and against what the memory gives in the same run. Writes JSON and plots, shows tables.",
         epilog=f"operations: {', '.join(names)}",
     )
-    parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, about a minute")
+    parser.add_argument("--quick", action="store_true", help="small problems and 5 repetitions, a few minutes")
     parser.add_argument("--operations", type=_operations, metavar="A,B", help="only these (or rows, like A/backward)")
     parser.add_argument("--shapes", type=_shapes, metavar="NxD,…", help="instead of the rows' own: 32x1e6,100x2^20")
     parser.add_argument("--dtypes", type=_dtypes, metavar="A,B", help="only these dtypes (with --shapes: in each)")
@@ -195,9 +271,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="no more samples, after three, of a contender that has used so many seconds (default: no limit)",
     )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="the same on a GPU, against jnp and PyTorch there")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that today's JSON file already has")
+    parser.add_argument(
+        "--curves", dest="parts", action="append_const", const="curves",
+        help="only the bytes a second against the number of clients; today's JSON file keeps the rest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--instruction-sets", dest="parts", action="append_const", const="instruction_sets",
+        help="only the main operations with the kernels of each instruction set; the same",
+    )  # fmt: skip
+    parser.add_argument("--build", action="store_true", help="time the build of a wheel from nothing, too")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--table", type=_report_file, metavar="FILE", help="print FILE as markdown; measure nothing")
+    parser.add_argument(
+        "--publish", type=_report_file, metavar="FILE",
+        help="draw FILE and write it into docs/benchmarks_table.md and README.md; measure nothing",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     options.repetitions = options.repetitions or (5 if options.quick else 11)
     return options
@@ -223,7 +312,11 @@ def _shapes(text: str) -> tuple[Problem, ...]:
     found = [re.fullmatch(r"(\d+)x(\d+(?:e\d+)?|2\^\d+)(?:/(\d+))?", part) for part in text.split(",")]
     if None in found:
         raise argparse.ArgumentTypeError(f"got {text!r}, needs clients x parameters (/leaves), like 32x1e6,10x2^20/100")
-    return tuple(Problem(int(m[1]), _size(m[2]), leaves=int(m[3] or 1)) for m in found if m)
+    return tuple(Problem(int(m[1]), _size(m[2]), tree=_tree(m[3])) for m in found if m)
+
+
+def _tree(leaves: str | None) -> str:
+    return "" if leaves is None or int(leaves) < 2 else f"{int(leaves)} leaves"
 
 
 def _size(text: str) -> int:

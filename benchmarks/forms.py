@@ -195,18 +195,11 @@ def best_clipped_sum(updates: Array, weights: Array, max_norm: float) -> Array:
     return (weights * jnp.minimum(1, max_norm / jnp.sqrt(squares))) @ updates.astype(jnp.float32)
 
 
-def adam_step(params: Any, first: Any, second: Any, delta: Any, numpy: Any) -> tuple[Any, ...]:
-    """One step of FedAdam as published; ``numpy`` is the library of that kind."""
+def adam_step(params: Array, first: Array, second: Array, delta: Array) -> tuple[Array, ...]:
+    """One step of FedAdam as published."""
     first = 0.9 * first + (1 - 0.9) * delta
     second = 0.99 * second + (1 - 0.99) * delta * delta
-    return params + 0.1 * first / (numpy.sqrt(second) + 1e-3), first, second
-
-
-def adam_rounds(params: Any, first: Any, second: Any, updates: Any, rounds: int, numpy: Any) -> tuple[Any, ...]:
-    """Several steps with the same updates."""
-    for _ in range(rounds):
-        params, first, second = adam_step(params, first, second, updates.mean(0), numpy)
-    return params, first, second
+    return params + 0.1 * first / (jnp.sqrt(second) + 1e-3), first, second
 
 
 # --- Compressed updates in jax.numpy ----------------------------------------------------------------------------
@@ -330,6 +323,17 @@ def numpy_clipped_sum(updates: np.ndarray, weights: np.ndarray, max_norm: float)
     return (weights * np.minimum(np.float32(1), np.float32(max_norm) / norms)) @ updates
 
 
+def numpy_adam(params: np.ndarray, first: np.ndarray, second: np.ndarray, updates: np.ndarray) -> Any:
+    """FedAdam over its own state."""
+    delta = wide(updates).mean(axis=0)
+    first *= 0.9
+    first += (1 - 0.9) * delta
+    second *= 0.99
+    second += (1 - 0.99) * delta * delta
+    params += 0.1 * first / (np.sqrt(second) + 1e-3)
+    return params, first, second
+
+
 def numpy_sparse_sum(values: np.ndarray, indices: np.ndarray, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Client after client: ``np.add.at`` on all at once, which knows nothing of distinct indices, is slower."""
     total = np.zeros(len(room), np.float32)
@@ -401,15 +405,13 @@ def torch_clipped_sum(updates: Any, weights: Any, max_norm: float) -> Any:
     return (weights * (max_norm / updates.norm(dim=1)).clamp(max=1)) @ updates
 
 
-def torch_adam(rounds: int) -> Callable[..., Any]:
-    """FedAdam on tensors."""
-
-    def run(params: Any, first: Any, second: Any, updates: Any) -> Any:
-        import torch
-
-        return adam_rounds(params, first, second, updates.float(), rounds, torch)
-
-    return run
+def torch_adam(params: Any, first: Any, second: Any, updates: Any) -> Any:
+    """FedAdam over its own state, as ``torch.optim`` writes such steps."""
+    delta = updates.float().mean(dim=0)
+    first.mul_(0.9).add_(delta, alpha=1 - 0.9)
+    second.mul_(0.99).addcmul_(delta, delta, value=1 - 0.99)
+    params.addcdiv_(first, second.sqrt().add_(1e-3), value=0.1)
+    return params, first, second
 
 
 def torch_sparse_sum(values: Any, indices: Any, weights: Any, room: Any) -> Any:

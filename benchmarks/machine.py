@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
+import fedfuse_jax
 from fedfuse_jax import _native
 
-PACKAGES = ("fedfuse-jax", "jax", "jaxlib", "numpy", "torch", "byzfl", "flwr")
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "byzfl", "flwr")
 
 
 def installed(package: str) -> str | None:
@@ -61,6 +62,7 @@ def describe() -> dict[str, Any]:
         "device": device_name(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: installed(package) for package in PACKAGES},
+        # Ours is what was imported: a checkout is not installed, or an older one is.
+        "versions": {"fedfuse-jax": fedfuse_jax.__version__} | {package: installed(package) for package in PACKAGES},
         "kernels": kernels,
     }

@@ -1,7 +1,8 @@
 """The stopwatch: everybody takes turns in one process, beside probes of what the memory gives at that moment.
 
 The rules, and why: *interleaved*, since a shared machine's speed drifts from minute to minute; *medians*, since
-its accidents only ever slow a run down; *same buffers*, born in a jitted computation, since page size and place
+its accidents only ever slow a run down; *warm, and cold apart*, since whoever had the turn before leaves the caches
+to be filled and its memory to be given back; *same buffers*, born in a jitted computation, since page size and place
 decide how fast memory is; *checked before timed*, since a wrong answer can be had at any speed; *probed twice*,
 since a row whose floor moved while it was measured says nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.operations import FLOOR, OURS, Goal, Goals, Problem, Row
+from benchmarks import trees
+from benchmarks.operations import FLOOR, OURS, TINY, Goal, Goals, Problem, Row
 
 Answer = list[np.ndarray]
 
@@ -39,6 +42,11 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2, "float16": 2e-
 # One sample lasts at least this long, by calling again and again where one call does not.
 SAMPLE_SECONDS = {"cpu": 1e-3, "gpu": 2e-2}
 MOST_CALLS = 200
+# Where a call is shorter than this, a turn begins with one that does not count: the cold one. The system takes
+# milliseconds to get back what the turn before has freed, after its result was there.
+SHORT_CALL_SECONDS = 0.05
+# Who has used up all patience still gets this many samples; or this many where one call has.
+LEAST_SAMPLES, LEAST_OF_LONG_CALLS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -58,30 +66,32 @@ class Timing:
     first_call: float
     calls_per_sample: int = 1
     samples: list[float] = field(default_factory=list)
+    cold_samples: list[float] = field(default_factory=list)  # the call before each sample, where calls are short
 
     @property
     def seconds(self) -> float:
         """The median sample."""
         return statistics.median(self.samples)
 
+    @property
+    def cold(self) -> float | None:
+        """How many times as long as the median sample the first call of a turn takes."""
+        return statistics.median(self.cold_samples) / self.seconds if self.cold_samples else None
+
 
 # --- Contenders -----------------------------------------------------------------------------------------------
 
 
-def leaf_sizes(parameters: int, leaves: int) -> list[int]:
-    """Sizes as in a network: every second leaf a large matrix, with a small vector after it; none empty."""
-    shares = np.where(np.arange(leaves) % 2, 1, 16 + np.arange(leaves))
-    ends = np.round(np.cumsum(shares) / shares.sum() * (parameters - leaves)).astype(int) + np.arange(1, leaves + 1)
-    return [int(size) for size in np.diff(ends, prepend=0)]
-
-
 def as_tree(problem: Problem, arguments: Any) -> Any:
-    """The arguments with every array over the parameters cut into the problem's leaves."""
-    ends = np.cumsum(leaf_sizes(problem.parameters, problem.leaves))[:-1]
+    """The arguments with every array over the parameters cut into the leaves of the problem's tree."""
+    shapes = trees.shapes(problem.tree, problem.parameters)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
 
     def cut(array: Any) -> Any:
-        wide = array.ndim > 0 and array.shape[-1] == problem.parameters
-        return jnp.split(array, ends, axis=-1) if wide else array
+        if array.ndim == 0 or array.shape[-1] != problem.parameters:
+            return array
+        parts = jnp.split(array, ends, axis=-1)
+        return [part.reshape(*array.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     return jax.jit(partial(jax.tree.map, cut))(arguments)
 
@@ -90,20 +100,63 @@ def _arrays(result: Any) -> Answer:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
 
 
-def _joined(result: Any) -> Answer:
-    return [np.concatenate(_arrays(result), axis=-1)] if len(jax.tree.leaves(result)) > 1 else _arrays(result)
+def _joined(problem: Problem) -> Callable[[Any], Answer]:
+    """The leaves of a result as one array, or as many as there are trees in it."""
+    shapes = trees.shapes(problem.tree, problem.parameters)
+
+    def answer(result: Any) -> Answer:
+        leaves, count = _arrays(result), len(shapes)
+        if len(leaves) % count:  # numbers of the clients
+            return leaves
+        flat = [leaf.reshape(*leaf.shape[: leaf.ndim - len(shapes[i % count])], -1) for i, leaf in enumerate(leaves)]
+        return [np.concatenate(flat[start : start + count], axis=-1) for start in range(0, len(flat), count)]
+
+    return answer
+
+
+def _with_own(arguments: tuple[Any, ...], donated: Collection[int], copy: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The arguments, with copies of those that a contender will write over."""
+    return tuple(
+        jax.tree.map(copy, argument) if position in donated else argument for position, argument in enumerate(arguments)
+    )
+
+
+def _threaded(call: Callable[..., Any], arguments: tuple[Any, ...], donated: Collection[int]) -> Callable[[], Any]:
+    """``call`` of the arguments, whose donated ones are from then on the results of the call before."""
+    if not donated:
+        return partial(call, *arguments)
+    state = list(arguments)
+
+    def start() -> Any:
+        results = call(*state)
+        for position, result in zip(donated, results, strict=True):
+            state[position] = result
+        return results
+
+    return start
 
 
 def _jax_contender(
-    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], answer: Callable[[Any], Answer] | None = _arrays
+    name: str,
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    answer: Callable[[Any], Answer] | None = _arrays,
+    donated: tuple[int, ...] = (),
 ) -> Contender:
-    return Contender(name, partial(jax.jit(call), *arguments), jax.block_until_ready, answer)
+    jitted = jax.jit(call, donate_argnums=donated)
+    start = _threaded(jitted, _with_own(arguments, donated, jnp.copy), donated)
+    if donated and answer is not None:
+        # NumPy's view of a result would keep it from being donated to the next call.
+        return Contender(name, start, jax.block_until_ready, lambda result: answer(jax.tree.map(jnp.copy, result)))
+    return Contender(name, start, jax.block_until_ready, answer)
 
 
-def _torch_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...], platform: str) -> Contender:
+def _torch_contender(
+    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], platform: str, donated: tuple[int, ...] = ()
+) -> Contender:
     import torch
 
-    tensors = jax.tree.map(torch.from_dlpack, arguments)
+    tensors = _with_own(jax.tree.map(torch.from_dlpack, arguments), donated, torch.clone)
     wait = (lambda result: torch.cuda.synchronize()) if platform == "gpu" else (lambda result: None)
 
     def answer(result: Any) -> Answer:
@@ -111,44 +164,52 @@ def _torch_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, 
         leaves = [leaf.float() if leaf.dtype == torch.bfloat16 else leaf for leaf in jax.tree.leaves(result)]
         return [leaf.cpu().numpy() for leaf in leaves]
 
-    return Contender(name, partial(call, *tensors), wait, answer)
+    return Contender(name, _threaded(call, tensors, donated), wait, answer)
 
 
-def _numpy_contender(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
-    return Contender(name, partial(call, *jax.tree.map(np.asarray, arguments)), answer=_arrays)
+def _numpy_contender(
+    name: str, call: Callable[..., Any], arguments: tuple[Any, ...], donated: tuple[int, ...] = ()
+) -> Contender:
+    arrays = _with_own(jax.tree.map(np.asarray, arguments), donated, np.array)
+    return Contender(name, _threaded(call, arrays, donated), answer=_arrays)
 
 
 def contenders(
     row: Row, problem: Problem, arguments: tuple[Any, ...], platform: str, others: Collection[str]
 ) -> list[Contender]:
     """Everybody who computes ``row`` for ``problem``, ours first; of PyTorch and other systems those in ``others``."""
-    if problem.leaves > 1:
+    if problem.tree:
         # A tree is only ever compared with our own time for one array: the peers would have to loop.
         tree = as_tree(problem, arguments)
         return [
-            _jax_contender(OURS, row.call, tree, _joined),
-            _jax_contender("one array", row.call, arguments),
+            _jax_contender(OURS, row.call, tree, _joined(problem), row.donated),
+            _jax_contender("one array", row.call, arguments, donated=row.donated),
         ]
-    everybody = [_jax_contender(OURS, row.call, arguments)]
+    everybody = [_jax_contender(OURS, row.call, arguments, donated=row.donated)]
     for name, reference in row.references.items():
         if name == "own float32" and problem.dtype == "float32":
             continue
         call, own_arguments = reference.prepare(arguments)
         everybody.append(_jax_contender(name, call, own_arguments, _arrays if reference.same_result else None))
     if row.natural is not None:
-        everybody.append(_jax_contender("jnp natural", row.natural, arguments))
+        everybody.append(_jax_contender("jnp natural", row.natural, arguments, donated=row.donated))
     if row.best is not None:
-        everybody.append(_jax_contender("jnp best", row.best, arguments))
+        everybody.append(_jax_contender("jnp best", row.best, arguments, donated=row.donated))
     if row.numpy is not None and platform == "cpu":
-        everybody.append(_numpy_contender("numpy", row.numpy, arguments))
+        everybody.append(_numpy_contender("numpy", row.numpy, arguments, row.donated))
     if row.torch is not None and "torch" in others:
-        everybody.append(_torch_contender("torch", row.torch, arguments, platform))
+        everybody.append(_torch_contender("torch", row.torch, arguments, platform, row.donated))
     for system in row.systems.keys() & set(others):
         if system == "byzfl" and "torch" in others:
             everybody.append(_torch_contender(system, row.systems[system], arguments, platform))
         else:
             everybody.append(_numpy_contender(system, row.systems[system], arguments))
-    return everybody
+    return [contender for contender in everybody if contender.name not in left_out(row, problem, platform)]
+
+
+def left_out(row: Row, problem: Problem, platform: str) -> Mapping[str, str]:
+    """Who is not measured here, and why."""
+    return row.left_out(problem) if platform == "cpu" else {}
 
 
 # --- Probes of the memory -------------------------------------------------------------------------------------
@@ -228,20 +289,31 @@ def interleave(
     platform: str,
     patience: float = math.inf,
 ) -> None:
-    """Fills ``timings``: so many rounds in which everybody has one turn, and another neighbour every round.
+    """Fills ``timings``: so many rounds in which everybody has one turn, in another order every round.
 
-    Whoever has used up ``patience`` seconds sits out, but not before three samples.
+    Whoever has used up ``patience`` seconds sits out, but not before three samples; before two where one call takes as
+    long, and then the call that said so is one of them.
     """
+    short, least = set(), dict.fromkeys(timings, LEAST_SAMPLES)
     for contender in everybody:
-        warm = sample(contender, 1, platform)
-        wanted = math.ceil(SAMPLE_SECONDS[platform] / max(warm, 1e-7))
+        seconds = sample(contender, 1, platform)
+        if seconds < 10 * SHORT_CALL_SECONDS:  # that one was cold
+            seconds = sample(contender, 1, platform)
+        if seconds < SHORT_CALL_SECONDS:
+            short.add(contender.name)
+        if seconds >= patience:
+            least[contender.name] = LEAST_OF_LONG_CALLS
+            timings[contender.name].samples.append(seconds)
+        wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
         timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
-    for turn in range(repetitions):
-        offset = turn % len(everybody)
-        for contender in (*everybody[offset:], *everybody[:offset]):
+    shuffled = random.Random(0)
+    for _ in range(repetitions):
+        for contender in shuffled.sample(everybody, len(everybody)):
             timing = timings[contender.name]
             used = sum(timing.samples) * timing.calls_per_sample
-            if used < patience or len(timing.samples) < min(3, repetitions):
+            if len(timing.samples) < (repetitions if used < patience else min(least[contender.name], repetitions)):
+                if contender.name in short:
+                    timing.cold_samples.append(sample(contender, 1, platform))
                 timing.samples.append(sample(contender, timing.calls_per_sample, platform))
 
 
@@ -316,6 +388,7 @@ def measure_row(
             answers[contender.name] = contender.answer(result)
         if contender.name == OURS:
             written = _bytes_of(result)
+        del result  # or the last one's would be there during everybody's turns
     errors |= wrong_contenders(answers, tolerance)
     del answers
 
@@ -361,7 +434,8 @@ def _row_report(
         "clients": problem.clients,
         "parameters": problem.parameters,
         "dtype": problem.dtype,
-        "leaves": problem.leaves,
+        "tree": problem.tree,
+        "donated": list(row.donated),
         "bytes": {"read": read, "written": written, "counted": "every input read once, every result written once"},
         "floor": {
             "probe": fastest,
@@ -373,6 +447,7 @@ def _row_report(
             name: {
                 "seconds": timing.seconds,
                 "samples": timing.samples,
+                "cold_samples": timing.cold_samples,
                 "calls_per_sample": timing.calls_per_sample,
                 "first_call_seconds": timing.first_call,
             }
@@ -380,7 +455,9 @@ def _row_report(
             if name not in probe_names
         },
         "errors": dict(errors),
+        "left_out": dict(left_out(row, problem, platform)),
         "ratios": ratios,
+        "cold": ours.cold if ours is not None else None,
         "fraction_of_floor": fraction,
         "goals": judged(wanted, {**ratios, FLOOR: fraction} if fraction is not None else ratios, conclusive),
         "conclusive": conclusive,
@@ -407,12 +484,10 @@ def judged(wanted: Goals, reached: Mapping[str, float], conclusive: bool) -> dic
 
 # --- The price of a call --------------------------------------------------------------------------------------
 
-TINY_PROBLEM = Problem(4, 64)
-
 
 def measure_overhead(row: Row, *, platform: str = "cpu", repetitions: int = 11) -> dict[str, Any]:
     """Microseconds a call of a problem too small to cost anything, eager and jitted, beside the natural form's."""
-    arguments = jax.block_until_ready(jax.jit(partial(row.arguments, TINY_PROBLEM))(jax.random.key(0)))
+    arguments = jax.block_until_ready(jax.jit(partial(row.arguments, TINY))(jax.random.key(0)))
     forms = {OURS: row.call} | ({} if row.natural is None else {"jnp natural": row.natural})
     everybody = []
     for name, call in forms.items():
