@@ -21,7 +21,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build", "benchmarks_table.md"]  # the latter is included in a page
+exclude_patterns = ["_build", "benchmarks_table.md", "gpu_table.md"]  # the latter are included in pages
 nitpicky = False
 default_role = "code"
 

@@ -8,6 +8,8 @@
 ([3.0, 4.0], 0.0)
 """
 
+__version__ = "0.1.0"  # before the imports, since the compiled modules must be of it
+
 from fedfuse_jax import _native, _primitive, reference
 from fedfuse_jax._versions import show_versions
 from fedfuse_jax.centers import centered_clipping, geometric_median
@@ -52,8 +54,6 @@ from fedfuse_jax.server import (
     fedyogi_weighted_update,
     init_server_state,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ServerState",

@@ -20,12 +20,17 @@ from typing import NamedTuple
 
 import jax
 
+import fedfuse_jax
+
 DISABLE_VARIABLE = "FEDFUSE_DISABLE_KERNELS"
 ISA_VARIABLE = "FEDFUSE_CPU_ISA"
 
 # The platforms a module of kernels can be built for, and what JAX calls them when targets are registered.
 MODULES = {"cpu": "fedfuse_jax._cpu", "cuda": "fedfuse_jax._cuda"}
 FFI_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+
+# What makes a module that is missing or does not fit, in a checkout.
+CURES = {"cpu": "pip install .", "cuda": 'pip install -C cmake.define.FEDFUSE_CUDA=ON ".[cuda]"'}
 
 
 class Kernels(NamedTuple):
@@ -73,13 +78,13 @@ def _import_compiled(name: str) -> ModuleType | None:
 @functools.cache
 def load(platform: str) -> Kernels:
     """Imports the platform's module and registers its handlers with XLA, once."""
-    name = MODULES[platform]
+    name, cure = MODULES[platform], CURES[platform]
     try:
         module = _import_compiled(name)
         if module is None:
-            return Kernels(reason=f"not built: {name} is not installed")
+            return Kernels(reason=f"not built: {name} is not installed; to build it, {cure}")
     except ImportError as error:
-        return Kernels(reason=f"{name} does not load: {error}")
+        return Kernels(reason=f"{name} does not load: {error}; to build it anew, {cure}")
     isa = os.environ.get(ISA_VARIABLE, "").strip()
     if platform == "cpu" and isa and not module.choose_isa(isa):
         supported = module.build_info()["supported_here"]
@@ -93,6 +98,11 @@ def load(platform: str) -> Kernels:
             f"{name} was built for XLA FFI {built[0]}.{built[1]}, newer than the {runtime[0]}.{runtime[1]} of the "
             "installed jaxlib: upgrade jax and jaxlib, or rebuild fedfuse-jax against this jaxlib"
         )
+        return Kernels(reason=reason, details=details)
+    ours = fedfuse_jax.__version__
+    if (version := details.get("version", ours)) != ours:
+        # Its handlers may read their calls otherwise than this version writes them.
+        reason = f"{name} is of fedfuse-jax {version}, and this is {ours}; to build it anew, {cure}"
         return Kernels(reason=reason, details=details)
     operations = set()
     for operation, handler in module.handlers().items():

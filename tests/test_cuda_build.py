@@ -96,6 +96,11 @@ MEDIAN_64 = (
 )
 WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
 
+BIT_PLANES = (
+    "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_113SelectionBodyINS0_14BitPlaneSearchILNS_4TypeE3ELi16EEEEEEEvNT_"
+    "10ParametersE"
+)
+
 needs_demangler = pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 
 
@@ -110,6 +115,27 @@ def test_the_check_reads_a_log():
     assert "network float32 Median<64>" in tool.table([kernel], ["90"])
     (other,) = tool.parse(LOG.format(name=WEIGHTED_SUM, stack=0, spill=0, registers=64))
     assert other.label == "WeightedSum<float32>"
+    (planes,) = tool.parse(LOG.format(name=BIT_PLANES, stack=0, spill=0, registers=64))
+    assert planes.label == "BitPlane<float16, 16 warps>"
+    assert planes.occupancy == 1024 / 2048
+
+
+@needs_sources
+@needs_demangler
+def test_the_table_of_the_docs():
+    """Types of which the same is said share a row."""
+    tool = load_tool()
+    logs = [
+        LOG.format(name=WEIGHTED_SUM.replace("E0E", f"E{number}E"), stack=0, spill=0, registers=registers)
+        for number, registers in enumerate((64, 80, 64, 64))
+    ]
+    lines = tool.markdown(tool.parse("".join(logs)), ["90"]).splitlines()
+    assert lines == [
+        "| kernel | sm_90 |",
+        "|---|---|",
+        "| `WeightedSum<float32, bfloat16, float16>` | 64, 50% |",
+        "| `WeightedSum<float64>` | 80, 38% |",
+    ]
 
 
 @needs_sources

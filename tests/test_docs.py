@@ -168,6 +168,7 @@ def test_every_page_is_reachable():
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {
         "index",
         "benchmarks_table",
+        "gpu_table",
         "robustness_table",
     } <= set(listed)
 

@@ -4,6 +4,7 @@
     python tools/check_cuda_build.py --build build/cuda            # compile for every target, then check
     python tools/check_cuda_build.py --build build/cuda --targets 90
     python tools/check_cuda_build.py build.log                     # check the output of a build with -Xptxas -v
+    python tools/check_cuda_build.py build.log --markdown FILE     # and write the table of the docs
 
 Needs no GPU. Prints a table of registers, shared memory and occupancy by kernel and target, and fails on any spilled
 byte and on any occupancy under a quarter that is not in the reviewed tables below.
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ALL_TARGETS = ("80", "86", "89", "90", "100", "120")
 TYPES = ("float32", "float64", "bfloat16", "float16")  # as ffi/contract/types.h numbers them
+CODES = ("uint8", "int8", "uint4", "int4")  # as ffi/contract/compressed.h does
 LEAST_OCCUPANCY = 0.25
 
 
@@ -80,6 +82,8 @@ class Kernel:
     @property
     def threads(self) -> int:
         """Threads of a block; the kernels' sources say the same."""
+        if warps := re.search(r"(\d+) warps", self.label):
+            return 32 * int(warps[1])
         return 128 if self.label.startswith("network") else 256
 
     @property
@@ -100,9 +104,13 @@ def label_of(name: str) -> str:
     body = re.search(r"run_tasks<(.*)>\(", name)
     text = body[1].strip() if body else name
     text = re.sub(r"\(Type\)(\d)", lambda match: TYPES[int(match[1])], text)
+    text = re.sub(r"\(Codes\)(\d)", lambda match: CODES[int(match[1])], text)
     network = re.match(r"NetworkBody<(\w+), (\w+)Network<(\d+)>, (?:true|false)>", text)
     if network:
         return f"network {network[1]} {network[2]}<{network[3]}>"
+    search = re.match(r"SelectionBody<(\w+)Search<(\w+)(?:, (\d+))?> ?>", text)
+    if search:
+        return f"{search[1]}<{search[2]}{f', {search[3]} warps' if search[3] else ''}>"
     return re.sub(r"Body\b", "", text).strip()
 
 
@@ -183,6 +191,23 @@ def table(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def markdown(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
+    """The same for the docs: kernels that differ in their type alone, and not in what is said of them, share a row."""
+    cells = {(kernel.label, kernel.target): kernel for kernel in kernels}
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for label in sorted({kernel.label for kernel in kernels}, key=_natural):
+        row = [cells.get((label, target)) for target in targets]
+        texts = tuple(f"{kernel.registers}, {kernel.occupancy:.0%}" if kernel else "" for kernel in row)
+        family = re.sub("|".join(TYPES), "…", label)
+        rows.setdefault((family, *texts), []).append(label)
+    lines = [f"| kernel | {' | '.join(f'sm_{target}' for target in targets)} |", "|---" * (len(targets) + 1) + "|"]
+    for (family, *texts), labels in rows.items():
+        kinds = [kind for kind in TYPES if any(kind in re.findall(r"\w+", label) for label in labels)]
+        name = family.replace("…", ", ".join(kinds)) if kinds else family
+        lines.append(f"| `{name}` | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _natural(label: str) -> list[object]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", label)]
 
@@ -212,6 +237,7 @@ def main() -> int:
     parser.add_argument("log", nargs="?", type=Path, help="the output of a build with -Xptxas -v")
     parser.add_argument("--build", type=Path, metavar="DIRECTORY", help="build there first")
     parser.add_argument("--targets", default=",".join(ALL_TARGETS), help="compute capabilities, with commas between")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, for the docs")
     options = parser.parse_args()
     targets = options.targets.split(",")
     if (options.log is None) == (options.build is None):
@@ -219,6 +245,8 @@ def main() -> int:
     text = options.log.read_text() if options.log else build(options.build.resolve(), targets)
     kernels = parse(text)
     print(table(kernels, targets))
+    if options.markdown:
+        options.markdown.write_text(markdown(kernels, targets))
     wrong = complaints(kernels, targets)
     for line in wrong:
         print(f"check_cuda_build: {line}")

@@ -156,6 +156,33 @@ struct Pack {
   }
 };
 
+// Two adjacent 16-bit elements in a word, or one, where `columns` says that there are no more.
+FEDFUSE_DEVICE std::uint32_t load_halves(const std::int16_t* from, bool aligned, std::int64_t columns) {
+  if (aligned && columns > 1) return *reinterpret_cast<const std::uint32_t*>(from);
+  const std::uint32_t low = static_cast<std::uint16_t>(from[0]);
+  return columns > 1 ? low | static_cast<std::uint32_t>(static_cast<std::uint16_t>(from[1])) << 16 : low;
+}
+
+// row + stride, in a way that keeps a compiler from working out all addresses beforehand and holding them in registers.
+template <typename Bits>
+FEDFUSE_DEVICE const Bits* next_row(const Bits* row, std::int64_t stride) {
+#if defined(__CUDACC__)
+  asm("add.s64 %0, %0, %1;" : "+l"(row) : "l"(stride * static_cast<std::int64_t>(sizeof(Bits))));
+  return row;
+#else
+  // An address that is not read may lie anywhere.
+  return reinterpret_cast<const Bits*>(reinterpret_cast<std::uintptr_t>(row) + stride * sizeof(Bits));
+#endif
+}
+
+// The same number, but nothing that was made of it: a compiler makes it anew rather than keep it in a register.
+FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
 }  // namespace cuda
 }  // namespace fedfuse
 

@@ -49,12 +49,6 @@ struct HalfPair {
 
   std::uint32_t both;
 
-  static FEDFUSE_DEVICE std::uint32_t load_both(const Bits* from, bool aligned, std::int64_t columns) {
-    if (aligned && columns > 1) return *reinterpret_cast<const std::uint32_t*>(from);
-    const std::uint32_t low = static_cast<std::uint16_t>(from[0]);
-    return columns > 1 ? low | static_cast<std::uint32_t>(static_cast<std::uint16_t>(from[1])) << 16 : low;
-  }
-
   FEDFUSE_DEVICE Bits bits(int column) const { return static_cast<Bits>(both >> (16 * column)); }
 };
 
@@ -66,7 +60,7 @@ struct HalfLanes : HalfPair {
     return lanes;
   }
   static FEDFUSE_DEVICE HalfLanes load(const Bits* from, bool aligned, std::int64_t columns) {
-    return of(load_both(from, aligned, columns));
+    return of(load_halves(from, aligned, columns));
   }
   static FEDFUSE_DEVICE HalfLanes of_key(Bits key) {
     return of(0x00010001u * static_cast<std::uint16_t>(bits_from_key<type>(key)));
@@ -130,26 +124,6 @@ inline Lanes<Type::kFloat16> maximum(Lanes<Type::kFloat16> a, Lanes<Type::kFloat
 #endif
 
 // ---- The kernels ----------------------------------------------------------------------------------------------------
-
-// row + stride, in a way that keeps a compiler from working out all addresses beforehand and holding them in registers.
-template <typename Bits>
-FEDFUSE_DEVICE const Bits* next_row(const Bits* row, std::int64_t stride) {
-#if defined(__CUDACC__)
-  asm("add.s64 %0, %0, %1;" : "+l"(row) : "l"(stride * static_cast<std::int64_t>(sizeof(Bits))));
-  return row;
-#else
-  // An address that is not read may lie anywhere.
-  return reinterpret_cast<const Bits*>(reinterpret_cast<std::uintptr_t>(row) + stride * sizeof(Bits));
-#endif
-}
-
-// The same number, but nothing that was made of it: a compiler makes it anew rather than keep it in a register.
-FEDFUSE_DEVICE std::int64_t forgotten(std::int64_t number) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+l"(number));
-#endif
-  return number;
-}
 
 // How many blocks should find room on a multiprocessor, by the registers of a network and those that its kernel was
 // seen to need besides. Left to itself a compiler spills a few to fit in a block more, or takes all there are.

@@ -1,4 +1,4 @@
-// Order statistics, a column at a time: what both kinds of kernels, by network and by radix, have in common.
+// Order statistics, a column at a time: what all kinds of kernels, by network and by search, have in common.
 //
 // What is kept, in which order ties go and what a mean is, is said in cpu/kernels/order_statistics.h, and holds here.
 #ifndef FEDFUSE_CUDA_ORDER_STATISTICS_H_

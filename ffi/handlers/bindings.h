@@ -28,6 +28,7 @@ nanobind::dict as_capsules(const NamedHandler (&handlers)[kCount]) {
 
 inline nanobind::dict common_build_info() {
   nanobind::dict info;
+  info["version"] = FEDFUSE_VERSION;
   info["ffi_api_major"] = std::to_string(XLA_FFI_API_MAJOR);
   info["ffi_api_minor"] = std::to_string(XLA_FFI_API_MINOR);
   info["compiler"] = FEDFUSE_COMPILER;

@@ -198,8 +198,14 @@ void check_order_statistics(Type type, bool brief) {
     check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
     check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
   }
+  // As many as bit planes have room for, and one more; a tile of columns, and one more or less.
+  for (const std::int64_t clients : {256, 257, 512, 513, 1024, 1025}) {
+    for (const std::int64_t columns : {31, 64, 65}) {
+      check_order({type, clients, {columns}, clients / 5, columns == 64, columns == 31}, pattern++);
+    }
+  }
   // Around the median.
-  for (const std::int64_t clients : {1, 2, 5, 8, 33, 200}) {
+  for (const std::int64_t clients : {1, 2, 5, 8, 33, 200, 1030}) {
     for (const std::int64_t trim : {std::int64_t{0}, clients / 5, (clients - 1) / 2, clients - 1, clients}) {
       OrderCase around{type, clients, {19, 2}, trim, false, trim % 2 == 1};
       around.around_median = true;

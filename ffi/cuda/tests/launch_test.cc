@@ -100,6 +100,11 @@ int main_of_test() {
   expect(check("a tile and a bit", shape_of({}, 3, {129}), 128) == 1, "one launch");
   expect(check("2^31 + 7 coordinates", shape_of({}, 2, {(std::int64_t{1} << 31) + 7}), 16) == 1, "one launch");
   expect(check("2^40 coordinates", shape_of({}, 1, {std::int64_t{1} << 40}), 16) == 1, "one launch");
+  for (const std::int64_t width : {32, 64}) {  // of bit planes
+    check("one coordinate", shape_of({}, 1024, {1}), width);
+    check("a tile and a bit", shape_of({70000}, 1024, {width - 1, width, width + 1}), width);
+    check("2^33 + 1 coordinates", shape_of({}, 129, {(std::int64_t{1} << 33) + 1}), width);
+  }
   // More tiles than a table can number: the next leaf goes into another launch.
   expect(check("2^40 twice", shape_of({}, 1, {std::int64_t{1} << 40, 5}), 16) == 2, "two launches");
   expect(check("a batch of 70000", shape_of({70000}, 3, {5}), 128) == 1, "one launch");
