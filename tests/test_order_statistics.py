@@ -133,3 +133,16 @@ def test_row_strides_of_a_power_of_two(size):
     """Rows whose distance in memory is a multiple of a page, and what lies around them."""
     updates = np.random.default_rng(size).standard_normal((33, size)).astype(np.float32)
     np.testing.assert_array_equal(jax.jit(ff.coordinate_median)(updates), np.sort(updates, axis=0)[16])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("present", [200, 130])
+def test_many_rows_a_large_power_of_two_apart(dtype, present):
+    """Such rows are copied to where caches have room for them, and give the same bits as rows that are not."""
+    size = 2**18 // np.dtype(dtype).itemsize
+    updates = np.random.default_rng(size).standard_normal((200, size)).astype(dtype)
+    where = np.arange(200) < present
+    apart = np.pad(updates, ((0, 0), (0, 96)))
+    for rule in (ff.coordinate_median, ff.trimmed_mean):
+        results = [np.asarray(rule(rows, where=where))[:size] for rows in (updates, apart)]
+        assert results[0].tobytes() == results[1].tobytes()
