@@ -1,5 +1,6 @@
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -56,15 +57,15 @@ template <typename Reduce>
 void reduce_apart(const std::vector<void*>& rows, std::int64_t element, std::int64_t columns, Reduce reduce) {
   if (!rows_collide(rows)) return reduce(rows, columns, 0);
   constexpr std::int64_t kCacheLineBytes = 64, kMostBytes = 4096, kFewestBytes = 1024, kCachedBytes = 1 << 19;
-  thread_local std::vector<std::byte> memory;
   thread_local std::vector<void*> copies;
   const auto num_rows = static_cast<std::int64_t>(rows.size());
   const std::int64_t bytes =
       std::clamp(kCachedBytes / num_rows / kFewestBytes * kFewestBytes, kFewestBytes, kMostBytes);
   const std::int64_t apart = bytes + kCacheLineBytes;
-  memory.resize((num_rows + 1) * apart);
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
-  std::byte* const first = memory.data() + (kCacheLineBytes - begin % kCacheLineBytes);
+  // Not kept: of very many clients a page each is more than a thread should hold.
+  const std::unique_ptr<std::byte[]> memory(new std::byte[(num_rows + 1) * apart]);
+  std::byte* const first =
+      memory.get() + kCacheLineBytes - reinterpret_cast<std::uintptr_t>(memory.get()) % kCacheLineBytes;
   copies.resize(rows.size());
   for (std::int64_t row = 0; row < num_rows; ++row) copies[row] = first + row * apart;
   for (std::int64_t column = 0; column < columns; column += bytes / element) {
