@@ -3,7 +3,6 @@
 tools/check_cuda_build.py compiles the kernels and reads what ptxas says; here, that it reads right.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 FFI = ROOT / "ffi"
@@ -23,11 +23,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("check_cuda_build", ROOT / "tools" / "check_cuda_build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "tools" / "check_cuda_build.py")
 
 
 def compile_cxx(output, *arguments):

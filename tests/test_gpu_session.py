@@ -1,7 +1,6 @@
 """What tools/gpu_session.sh will run on a card, as far as it goes without one."""
 
 import gzip
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import operations
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "gpu_session.sh"
@@ -23,11 +23,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the tools are not h
 
 @pytest.fixture(scope="module")
 def checks():
-    spec = importlib.util.spec_from_file_location("gpu_checks", ROOT / "tools" / "gpu_checks.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "tools" / "gpu_checks.py")
 
 
 @pytest.mark.parametrize("dtype", operations.DTYPES)

@@ -6,25 +6,16 @@ A network of minima and maxima selects rank r of any values if it does so of all
 """
 
 import functools
-import importlib.util
 import random
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 GENERATOR = Path(__file__).parents[1] / "ffi" / "math" / "networks.py"
 
-
-def load():
-    spec = importlib.util.spec_from_file_location("fedfuse_networks", GENERATOR)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-networks = load()
+networks = load_script(GENERATOR)
 EXHAUSTIVE = 12
 trimmed_mean_networks = functools.cache(networks.trimmed_mean_networks)
 
