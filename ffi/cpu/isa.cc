@@ -30,8 +30,10 @@ const std::vector<Isa>& isas() {
                                     __builtin_cpu_supports("bmi2")},
       {FEDFUSE_KERNELS(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                   __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")},
-#endif
+      {FEDFUSE_KERNELS(baseline), __builtin_cpu_supports("avx")},
+#else
       {FEDFUSE_KERNELS(baseline), true},
+#endif
   };
   return kIsas;
 }

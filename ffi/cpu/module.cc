@@ -49,6 +49,7 @@ constexpr NamedHandler kHandlers[] = {FEDFUSE_FOR_EACH_OPERATION(FEDFUSE_NAMED)}
 
 NB_MODULE(_cpu, module) {
   using namespace fedfuse;
+  if (supported_isas().empty()) throw nb::import_error("the CPU kernels of fedfuse_jax need a processor with AVX");
   module.doc() = "CPU kernels of fedfuse_jax, as XLA FFI handlers.";
   module.def("handlers", [] { return as_capsules(kHandlers); });
   module.def("build_info", [] {

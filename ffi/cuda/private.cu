@@ -196,6 +196,7 @@ struct Lane {
   using Word = std::uint32_t;
   static FEDFUSE_DEVICE float to_float(std::uint32_t x) { return static_cast<float>(x); }
   static FEDFUSE_DEVICE float root(float x) { return sqrtf(x); }
+  static FEDFUSE_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
   static FEDFUSE_DEVICE bool any(bool mask) { return mask; }
 };
 

@@ -1,8 +1,9 @@
 // Random bits to standard normals, as jax.random.normal does it in float32: sqrt(2) erfinv(u), u uniform in (-1, 1).
 //
 // Written over Lanes: one float in a CUDA thread, a vector of them on a CPU. It has the types Float and Word (of
-// unsigned integers), to_float(Word) for integers below 2^9, root(Float), and any(mask) of a comparison's result. No
-// product may be contracted with a sum here: in the tails the value hangs on how u * u was rounded.
+// unsigned integers), to_float(Word) for integers below 2^9, root(Float), multiply_add(a, b, c), rounded once where the
+// hardware can, and any(mask) of a comparison's result. No other product may be contracted with a sum here: in the
+// tails the value hangs on how u * u was rounded.
 #ifndef FEDFUSE_MATH_NORMAL_H_
 #define FEDFUSE_MATH_NORMAL_H_
 
@@ -30,6 +31,16 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Float rounded_product(Float a, Float b) {
 #endif
 }
 
+// The polynomial with these coefficients, that of the highest power first.
+template <typename Lanes, int kSize>
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x,
+                                                                    const float (&coefficients)[kSize]) {
+  using Float = typename Lanes::Float;
+  Float sum = coefficients[0] - Float{};
+  for (int i = 1; i < kSize; ++i) sum = Lanes::multiply_add(sum, x, coefficients[i] - Float{});
+  return sum;
+}
+
 // The logarithm of a number from 2^-24 to 1, to an ulp or so (Cephes' logf).
 template <typename Lanes>
 FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Lanes::Float log_of_fraction(typename Lanes::Float x) {
@@ -41,16 +52,12 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Lanes::Float log_of_fraction(typenam
   const Float exponent = Lanes::to_float(((offset >> 23) + 32u) & 511u) - 32.0f;
   const Float r = same_bits<Float>((offset & 0x007fffffu) + kRootOfHalf) - 1.0f;
   const Float square = r * r;
-  Float p = r * 7.0376836292e-2f + -1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r + -1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r + -1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r + -2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
-  const Float low = p * r * square + exponent * -2.12194440e-4f - square * 0.5f;
-  return low + r + exponent * 0.693359375f;
+  const Float p =
+      polynomial<Lanes>(r, {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                            -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f});
+  Float low = Lanes::multiply_add(exponent, -2.12194440e-4f - Float{}, p * r * square);
+  low = Lanes::multiply_add(square, -0.5f - Float{}, low);
+  return Lanes::multiply_add(exponent, 0.693359375f - Float{}, low + r);
 }
 
 // The polynomials are those of Giles 2012 (Approximating the erfinv function), and of XLA.
@@ -59,28 +66,16 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Lanes::Float normal_from_bits(typena
   using Float = typename Lanes::Float;
   constexpr float kLeast = -0x1.fffffep-1f;  // the number after -1
   // In [kLeast, 1): the sum is kLeast at least, since the product is not negative.
-  const Float u = (same_bits<Float>((bits >> 9) | 0x3f800000u) - 1.0f) * 2.0f + kLeast;
+  const Float u =
+      Lanes::multiply_add(same_bits<Float>((bits >> 9) | 0x3f800000u) - 1.0f, 2.0f - Float{}, kLeast - Float{});
   const Float w = -log_of_fraction<Lanes>(1.0f - rounded_product<Float>(u, u));
-  Float t = w - 2.5f;
-  Float p = t * 2.81022636e-08f + 3.43273939e-07f;
-  p = p * t + -3.5233877e-06f;
-  p = p * t + -4.39150654e-06f;
-  p = p * t + 0.00021858087f;
-  p = p * t + -0.00125372503f;
-  p = p * t + -0.00417768164f;
-  p = p * t + 0.246640727f;
-  p = p * t + 1.50140941f;
+  Float p = polynomial<Lanes>(w - 2.5f, {2.81022636e-08f, 3.43273939e-07f, -3.5233877e-06f, -4.39150654e-06f,
+                                         0.00021858087f, -0.00125372503f, -0.00417768164f, 0.246640727f, 1.50140941f});
   const auto is_tail = w >= 5.0f;
   if (Lanes::any(is_tail)) {
-    t = Lanes::root(w) - 3.0f;
-    Float q = t * -0.000200214257f + 0.000100950558f;
-    q = q * t + 0.00134934322f;
-    q = q * t + -0.00367342844f;
-    q = q * t + 0.00573950773f;
-    q = q * t + -0.0076224613f;
-    q = q * t + 0.00943887047f;
-    q = q * t + 1.00167406f;
-    q = q * t + 2.83297682f;
+    const Float q = polynomial<Lanes>(
+        Lanes::root(w) - 3.0f, {-0.000200214257f, 0.000100950558f, 0.00134934322f, -0.00367342844f, 0.00573950773f,
+                                -0.0076224613f, 0.00943887047f, 1.00167406f, 2.83297682f});
     p = is_tail ? q : p;
   }
   return p * u * 1.41421356237f;

@@ -39,10 +39,8 @@ struct Linear {
     for (int part = 0; part < kParts; ++part) store(to + part * kLanes<Accumulator>, wide.parts[part]);
   }
 
-  static FEDFUSE_INLINE void add_product(Wide* sum, Accumulator weight, const Wide& values) {
-    for (int part = 0; part < kParts; ++part) {
-      sum->parts[part] += fill<Accumulator>(weight) * values.parts[part];
-    }
+  static FEDFUSE_INLINE void add_product(Wide* sum, Vector<Accumulator> weight, const Wide& values) {
+    for (int part = 0; part < kParts; ++part) sum->parts[part] += weight * values.parts[part];
   }
 
   // A vector's worth of elements of which only the first `count` are there; the others read as zero.
@@ -63,8 +61,15 @@ struct Linear {
   };
 
   template <int kRows>
-  static void sweep(const Lane* const* rows, const Accumulator* weights, std::int64_t columns, bool is_first,
-                    Accumulator* out) {
+  static void sweep(const Lane* const* row_pointers, const Accumulator* weight_numbers, std::int64_t columns,
+                    bool is_first, Accumulator* out) {
+    // Copies that no store to `out` can change: they stay in registers.
+    const Lane* rows[kRows];
+    Vector<Accumulator> weights[kRows];
+    for (int row = 0; row < kRows; ++row) {
+      rows[row] = row_pointers[row];
+      weights[row] = fill<Accumulator>(weight_numbers[row]);
+    }
     std::int64_t column = 0;
     for (; column + kColumns <= columns; column += kColumns) {
       Wide sum = {};
@@ -104,7 +109,7 @@ struct Linear {
                          std::int64_t columns, void* out_pointer) {
     const Accumulator* total = static_cast<const Accumulator*>(total_pointer);
     const Lane* update = static_cast<const Lane*>(update_pointer);
-    const Accumulator weight = *static_cast<const Accumulator*>(weight_pointer);
+    const Vector<Accumulator> weight = fill<Accumulator>(*static_cast<const Accumulator*>(weight_pointer));
     Accumulator* out = static_cast<Accumulator*>(out_pointer);
     std::int64_t column = 0;
     for (; column + kColumns <= columns; column += kColumns) {
@@ -268,7 +273,7 @@ struct Linear {
     const auto moved = [=](const Wide& from, auto wide_row) __attribute__((always_inline)) {
       Wide sum = {};
       for (std::int64_t row = 0; row < num_rows; ++row) {
-        add_product(&sum, weights[row], difference(wide_row(rows[row]), from));
+        add_product(&sum, fill<Accumulator>(weights[row]), difference(wide_row(rows[row]), from));
       }
       for (int part = 0; part < kParts; ++part) sum.parts[part] += from.parts[part];
       return sum;

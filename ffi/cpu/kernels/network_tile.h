@@ -20,14 +20,10 @@ constexpr int kTileLines = kTileBytes / kCacheLineBytes;
 template <typename Lane>
 constexpr int kTileColumns = kTileBytes / static_cast<int>(sizeof(Lane));
 
-// More rows than this are faster by radix selection: values of 64 bits take twice the registers, and plain SSE2 has no
-// minimum of any but 16-bit lanes. All families must have these sizes.
+// More rows than this are faster by radix selection: values of 64 bits take twice the registers. All families must have
+// these sizes.
 template <typename Lane>
-#if defined(__SSE2__) && !defined(__AVX2__)
-constexpr int kMaxNetworkRows = 32;
-#else
 constexpr int kMaxNetworkRows = sizeof(Lane) == 8 ? 96 : 128;
-#endif
 
 // Not to L1, which a tile of many rows would fill. The address may lie outside the array.
 FEDFUSE_INLINE void fetch_to_l2(const void* pointer, std::int64_t bytes) {

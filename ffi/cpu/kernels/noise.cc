@@ -32,6 +32,21 @@ struct Lanes {
 #endif
   }
 
+  static FEDFUSE_INLINE Float multiply_add(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Float>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<Float>(
+        _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+    return reinterpret_cast<Float>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                             reinterpret_cast<float32x4_t>(b)));
+#else
+    return a * b + c;
+#endif
+  }
+
   template <typename Mask>
   static FEDFUSE_INLINE bool any(Mask mask) {
     return fedfuse::FEDFUSE_ISA::any(mask);

@@ -109,44 +109,57 @@ struct Quantized {
     }
   };
 
-  static FEDFUSE_INLINE void add_product(Wide* sum, Accumulator slope, Accumulator zero, const Wide& levels) {
-    for (int part = 0; part < kParts; ++part) {
-      sum->parts[part] += fill<Accumulator>(slope) * (levels.parts[part] - fill<Accumulator>(zero));
+  // The rows of a sweep and their levels: copies that no store of sums can change, so that they stay in registers.
+  template <int kRows>
+  struct Rows {
+    const std::uint8_t* first[kRows];
+    Vector<Accumulator> slopes[kRows], zeros[kRows];
+
+    FEDFUSE_INLINE Rows(const std::uint8_t* const* rows, const Accumulator* row_slopes, const Accumulator* row_zeros) {
+      for (int row = 0; row < kRows; ++row) {
+        first[row] = rows[row];
+        slopes[row] = fill<Accumulator>(row_slopes[row]);
+        zeros[row] = fill<Accumulator>(row_zeros[row]);
+      }
     }
-  }
+
+    template <typename Load>
+    FEDFUSE_INLINE void add_to(Wide* sum, Load load_row) const {
+      for (int row = 0; row < kRows; ++row) {
+        const Wide levels = load_row(first[row]);
+        for (int part = 0; part < kParts; ++part) {
+          sum->parts[part] += slopes[row] * (levels.parts[part] - zeros[row]);
+        }
+      }
+    }
+  };
 
   template <int kRows>
-  static FEDFUSE_INLINE void sweep_some(const std::uint8_t* const* rows, const Accumulator* slopes,
-                                        const Accumulator* zeros, std::int64_t begin, std::int64_t count, bool is_first,
+  static FEDFUSE_INLINE void sweep_some(const Rows<kRows>& rows, std::int64_t begin, std::int64_t count, bool is_first,
                                         Accumulator* out) {
     AccumulatorTail sums(out, is_first ? 0 : count);
     Wide sum = load_accumulators(sums.values);
-    for (int row = 0; row < kRows; ++row) {
-      add_product(&sum, slopes[row], zeros[row], load_codes(rows[row], begin, count));
-    }
+    rows.add_to(&sum,
+                [=](const std::uint8_t* row) __attribute__((always_inline)) { return load_codes(row, begin, count); });
     store_accumulators(sums.values, sum);
     __builtin_memcpy(out, sums.values, count * sizeof(Accumulator));
   }
 
   template <int kRows>
-  static void sweep(const std::uint8_t* const* rows, const Accumulator* slopes, const Accumulator* zeros,
-                    std::int64_t begin, std::int64_t columns, bool is_first, Accumulator* out) {
+  static void sweep(const Rows<kRows> rows, std::int64_t begin, std::int64_t columns, bool is_first, Accumulator* out) {
     std::int64_t column = 0;
     if (kPacked && begin % 2 != 0 && columns > 0) {
-      sweep_some<kRows>(rows, slopes, zeros, begin, 1, is_first, out);
+      sweep_some(rows, begin, 1, is_first, out);
       column = 1;
     }
     for (; column + kColumns <= columns; column += kColumns) {
       Wide sum = {};
       if (!is_first) sum = load_accumulators(out + column);
-      for (int row = 0; row < kRows; ++row) {
-        add_product(&sum, slopes[row], zeros[row], load_codes(rows[row], begin + column));
-      }
+      rows.add_to(&sum, [=](const std::uint8_t* row)
+                            __attribute__((always_inline)) { return load_codes(row, begin + column); });
       store_accumulators(out + column, sum);
     }
-    if (column < columns) {
-      sweep_some<kRows>(rows, slopes, zeros, begin + column, columns - column, is_first, out + column);
-    }
+    if (column < columns) sweep_some(rows, begin + column, columns - column, is_first, out + column);
   }
 
   static void sum(const std::uint8_t* const* rows, const void* slope_pointer, const void* zero_pointer,
@@ -158,7 +171,8 @@ struct Quantized {
       for (std::int64_t column = 0; column < columns; ++column) out[column] = 0;
     }
     sweep_rows<kSweepRows>(num_rows, [&](auto count, std::int64_t row) {
-      sweep<decltype(count)::value>(rows + row, slopes + row, zeros + row, begin, columns, row == 0, out);
+      using SweepRows = Rows<decltype(count)::value>;
+      sweep(SweepRows(rows + row, slopes + row, zeros + row), begin, columns, row == 0, out);
     });
   }
 

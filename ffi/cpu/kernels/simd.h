@@ -74,9 +74,10 @@ FEDFUSE_INLINE void stream_fence() {
 #endif
 }
 
+// (Less zero, since plus zero would be an instruction: it makes +0 of -0.)
 template <typename Lane>
 FEDFUSE_INLINE Vector<Lane> fill(Lane value) {
-  return Vector<Lane>{} + value;
+  return value - Vector<Lane>{};
 }
 
 template <typename Lane, typename Native>
