@@ -91,7 +91,9 @@ MEDIAN_64 = (
     "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
 )
 WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
-
+WEIGHTED_SUM_OF_FEW = WEIGHTED_SUM.replace("9run_tasks", "16run_tasks_of_few").replace(
+    "10ParametersE", "10Parameters9FewLeavesE"
+)
 BIT_PLANES = (
     "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_113SelectionBodyINS0_14BitPlaneSearchILNS_4TypeE3ELi16EEEEEEEvNT_"
     "10ParametersE"
@@ -111,6 +113,8 @@ def test_the_check_reads_a_log():
     assert "network float32 Median<64>" in tool.table([kernel], ["90"])
     (other,) = tool.parse(LOG.format(name=WEIGHTED_SUM, stack=0, spill=0, registers=64))
     assert other.label == "WeightedSum<float32>"
+    (few,) = tool.parse(LOG.format(name=WEIGHTED_SUM_OF_FEW, stack=0, spill=0, registers=64))
+    assert few.label == "WeightedSum<float32>, few leaves"
     (planes,) = tool.parse(LOG.format(name=BIT_PLANES, stack=0, spill=0, registers=64))
     assert planes.label == "BitPlane<float16, 16 warps>"
     assert planes.occupancy == 1024 / 2048

@@ -101,8 +101,10 @@ class Kernel:
 def label_of(name: str) -> str:
     """A kernel's short name from its demangled one: ``network float32 Median<64>``."""
     name = re.sub(r"\(anonymous namespace\)::|fedfuse::|cuda::", "", name)
-    body = re.search(r"run_tasks<(.*)>\(", name)
-    text = body[1].strip() if body else name
+    body = re.search(r"run_tasks(_of_few)?<(.*)>\(", name)
+    if body and body[1]:  # the second kernel of a body, for few leaves
+        return f"{label_of(f'run_tasks<{body[2]}>(')}, few leaves"
+    text = body[2].strip() if body else name
     text = re.sub(r"\(Type\)(\d)", lambda match: TYPES[int(match[1])], text)
     text = re.sub(r"\(Codes\)(\d)", lambda match: CODES[int(match[1])], text)
     network = re.match(r"NetworkBody<(\w+), (\w+)Network<(\d+)>, (?:true|false)>", text)

@@ -27,6 +27,7 @@ struct PartialNorm {
   using Elements = Pack<Bits>;
   using Parameters = cuda::Parameters<2, NormOptions>;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;
@@ -37,7 +38,8 @@ struct PartialNorm {
     double found;
   };
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared& shared, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const Bits* const updates = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) +

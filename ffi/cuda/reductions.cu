@@ -22,6 +22,7 @@ struct PartialDot {
   using Elements = Pack<Bits>;
   using Parameters = cuda::Parameters<3, DotOptions>;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;
@@ -31,7 +32,8 @@ struct PartialDot {
     double sums[kThreads];
   };
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared& shared, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const std::int64_t client = at.client;
@@ -141,11 +143,13 @@ struct FindNotFinite {
   using Parameters = cuda::Parameters<1, FiniteOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = kReductionBlock;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const std::int64_t client = at.client;
