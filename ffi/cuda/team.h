@@ -3,7 +3,7 @@
 // A kernel is a struct, a *body*: Body::run(parameters, shared, task) does one task with a whole block. It is written
 // as phases: team.each(f) calls f(thread, state) for every thread and returns when all of them are done. In CUDA a
 // thread calls f once and waits for the others; a C++ compiler makes a loop of it. So the same bodies, tables and
-// launches run in the host tests, on machines without a card.
+// launches run in the host tests, on machines without a card. What threads find out together is in collectives.h.
 #ifndef FEDFUSE_CUDA_TEAM_H_
 #define FEDFUSE_CUDA_TEAM_H_
 
