@@ -531,8 +531,8 @@ MUTANTS = (
            "a table has more tiles than it can number", GEOMETRY),
     Mutant(LAUNCHES, LAUNCH, "p.leaves[middle].first_tile) <= index)", "p.leaves[middle].first_tile) < index)",
            "a leaf's first tile is looked for in the leaf before", GEOMETRY),
-    Mutant(LAUNCHES, LAUNCH, "if ((mapped >> axis & 1u) != 0) {", "{",
-           "what is shared is read as if it were mapped", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "if ((mapped >> axis & 1u) != 0) {", "if ((mapped >> (axis + 1) & 1u) != 0) {",
+           "looks whether another axis is mapped", GEOMETRY),
     Mutant(LAUNCHES, LAUNCH, "if (shape.coordinates[leaf] == 0 || !belongs(leaf))", "if (!belongs(leaf))",
            "an empty leaf takes a place in a table", GEOMETRY),
 )  # fmt: skip
