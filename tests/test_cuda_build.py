@@ -123,17 +123,20 @@ def test_the_check_reads_a_log():
 @needs_sources
 @needs_demangler
 def test_the_table_of_the_docs():
-    """Types of which the same is said share a row."""
+    """Types of which the same is said share a row, and so do large and small tables of leaves."""
     tool = load_tool()
     logs = [
         LOG.format(name=WEIGHTED_SUM.replace("E0E", f"E{number}E"), stack=0, spill=0, registers=registers)
         for number, registers in enumerate((64, 80, 64, 64))
     ]
+    logs += [LOG.format(name=WEIGHTED_SUM_OF_FEW, stack=0, spill=0, registers=64)]
+    logs += [LOG.format(name=WEIGHTED_SUM_OF_FEW.replace("E0E", "E2E"), stack=0, spill=0, registers=63)]
     lines = tool.markdown(tool.parse("".join(logs)), ["90"]).splitlines()
     assert lines == [
         "| kernel | sm_90 |",
         "|---|---|",
         "| `WeightedSum<float32, bfloat16, float16>` | 64, 50% |",
+        "| `WeightedSum<bfloat16>, few leaves` | 63, 50% |",
         "| `WeightedSum<float64>` | 80, 38% |",
     ]
 
