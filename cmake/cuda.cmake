@@ -1,7 +1,7 @@
 # The CUDA module, with nvcc from CUDACXX, from PATH, or from the PyPI wheels of the Python that builds.
 #
-# find_package(CUDAToolkit) is of no use here: the wheels lack what it looks for. Nothing is needed but the compiler and the
-# static runtime, which makes a module that loads on machines without a GPU.
+# find_package(CUDAToolkit) is of no use here: the wheels lack what it looks for. Nothing is needed but the compiler, CUB,
+# whose headers any nvcc finds beside it, and the static runtime, which makes a module that loads on machines without a GPU.
 
 set(FEDFUSE_CUDA_CURE
   "Install the compiler into the Python that builds:\n"

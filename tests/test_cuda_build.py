@@ -91,7 +91,9 @@ MEDIAN_64 = (
     "_ZN7fedfuse4cuda9run_tasksINS0_11NetworkBodyILNS_4TypeE0ENS_13MedianNetworkILi64EEELb0EEEEEvNT_10ParametersE"
 )
 WEIGHTED_SUM = "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_111WeightedSumILNS_4TypeE0EEEEEvNT_10ParametersE"
-
+WEIGHTED_SUM_OF_FEW = WEIGHTED_SUM.replace("9run_tasks", "16run_tasks_of_few").replace(
+    "10ParametersE", "10Parameters9FewLeavesE"
+)
 BIT_PLANES = (
     "_ZN7fedfuse4cuda9run_tasksINS0_12_GLOBAL__N_113SelectionBodyINS0_14BitPlaneSearchILNS_4TypeE3ELi16EEEEEEEvNT_"
     "10ParametersE"
@@ -111,6 +113,8 @@ def test_the_check_reads_a_log():
     assert "network float32 Median<64>" in tool.table([kernel], ["90"])
     (other,) = tool.parse(LOG.format(name=WEIGHTED_SUM, stack=0, spill=0, registers=64))
     assert other.label == "WeightedSum<float32>"
+    (few,) = tool.parse(LOG.format(name=WEIGHTED_SUM_OF_FEW, stack=0, spill=0, registers=64))
+    assert few.label == "WeightedSum<float32>, few leaves"
     (planes,) = tool.parse(LOG.format(name=BIT_PLANES, stack=0, spill=0, registers=64))
     assert planes.label == "BitPlane<float16, 16 warps>"
     assert planes.occupancy == 1024 / 2048
@@ -119,17 +123,20 @@ def test_the_check_reads_a_log():
 @needs_sources
 @needs_demangler
 def test_the_table_of_the_docs():
-    """Types of which the same is said share a row."""
+    """Types of which the same is said share a row, and so do large and small tables of leaves."""
     tool = load_tool()
     logs = [
         LOG.format(name=WEIGHTED_SUM.replace("E0E", f"E{number}E"), stack=0, spill=0, registers=registers)
         for number, registers in enumerate((64, 80, 64, 64))
     ]
+    logs += [LOG.format(name=WEIGHTED_SUM_OF_FEW, stack=0, spill=0, registers=64)]
+    logs += [LOG.format(name=WEIGHTED_SUM_OF_FEW.replace("E0E", "E2E"), stack=0, spill=0, registers=63)]
     lines = tool.markdown(tool.parse("".join(logs)), ["90"]).splitlines()
     assert lines == [
         "| kernel | sm_90 |",
         "|---|---|",
         "| `WeightedSum<float32, bfloat16, float16>` | 64, 50% |",
+        "| `WeightedSum<bfloat16>, few leaves` | 63, 50% |",
         "| `WeightedSum<float64>` | 80, 38% |",
     ]
 

@@ -47,6 +47,11 @@ def test_the_sizes_are_those_of_the_networks(checks):
     assert min(checks.MANY_CLIENTS) > max(sizes)
 
 
+def test_large_and_small_tables_are_watched(checks):
+    few = int(re.search(r"kFewLeaves = (\d+);", (ROOT / "ffi" / "cuda" / "launch.h").read_text())[1])
+    assert len(checks.SHAPES) <= few < len(checks.MANY_SHAPES)
+
+
 def test_the_loop_gives_the_same_bits(checks, tmp_path):
     checks.run_loop(tmp_path / "result.npy")
     assert np.load(tmp_path / "result.npy").shape == (10010,)

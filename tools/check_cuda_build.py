@@ -28,6 +28,7 @@ ALL_TARGETS = ("80", "86", "89", "90", "100", "120")
 TYPES = ("float32", "float64", "bfloat16", "float16")  # as ffi/contract/types.h numbers them
 CODES = ("uint8", "int8", "uint4", "int4")  # as ffi/contract/compressed.h does
 LEAST_OCCUPANCY = 0.25
+FEW = ", few leaves"  # ends the labels of the kernels that ffi/cuda/team.h launches for trees of few leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,10 @@ class Kernel:
 def label_of(name: str) -> str:
     """A kernel's short name from its demangled one: ``network float32 Median<64>``."""
     name = re.sub(r"\(anonymous namespace\)::|fedfuse::|cuda::", "", name)
-    body = re.search(r"run_tasks<(.*)>\(", name)
-    text = body[1].strip() if body else name
+    body = re.search(r"run_tasks(_of_few)?<(.*)>\(", name)
+    if body and body[1]:  # the second kernel of a body, for few leaves
+        return label_of(f"run_tasks<{body[2]}>(") + FEW
+    text = body[2].strip() if body else name
     text = re.sub(r"\(Type\)(\d)", lambda match: TYPES[int(match[1])], text)
     text = re.sub(r"\(Codes\)(\d)", lambda match: CODES[int(match[1])], text)
     network = re.match(r"NetworkBody<(\w+), (\w+)Network<(\d+)>, (?:true|false)>", text)
@@ -192,12 +195,17 @@ def table(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
 
 
 def markdown(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
-    """The same for the docs: kernels that differ in their type alone, and not in what is said of them, share a row."""
-    cells = {(kernel.label, kernel.target): kernel for kernel in kernels}
+    """The same for the docs.
+
+    Kernels that differ in their type alone, or in how many leaves they have room for, and not in what is said of them,
+    share a row.
+    """
+    cells = {(kernel.label, kernel.target): f"{kernel.registers}, {kernel.occupancy:.0%}" for kernel in kernels}
     rows: dict[tuple[str, ...], list[str]] = {}
     for label in sorted({kernel.label for kernel in kernels}, key=_natural):
-        row = [cells.get((label, target)) for target in targets]
-        texts = tuple(f"{kernel.registers}, {kernel.occupancy:.0%}" if kernel else "" for kernel in row)
+        texts = tuple(cells.get((label, target), "") for target in targets)
+        if label.endswith(FEW) and texts == tuple(cells.get((label.removesuffix(FEW), t), "") for t in targets):
+            continue
         family = re.sub("|".join(TYPES), "…", label)
         rows.setdefault((family, *texts), []).append(label)
     lines = [f"| kernel | {' | '.join(f'sm_{target}' for target in targets)} |", "|---" * (len(targets) + 1) + "|"]

@@ -40,6 +40,8 @@ import fedfuse_jax as ff  # noqa: E402
 
 # A leaf that is longer than the widest tile, so that loads meet both a whole tile and the end of one; and short ones.
 SHAPES = (("kernel", (2501,)), ("bias", (3,)), ("empty", (0,)))
+# More leaves than go into the small tables of some kernels (kFewLeaves in ffi/cuda/launch.h).
+MANY_SHAPES = tuple((f"leaf {i}", (1 + i % 3,)) for i in range(40))
 # The numbers of clients for which selection networks are compiled, for one type or another, and more than fit those.
 NETWORK_SIZES = (4, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80, 96, 112, 128)
 MANY_CLIENTS = (129, 300, 700, 1500)
@@ -54,8 +56,9 @@ class Call(NamedTuple):
 
 def kernel_calls(dtype: str) -> Iterator[Call]:
     """Calls that between them run every kernel there is for updates of this dtype."""
-    for case in operations.CASES:
-        yield Call(case.call, case.sample(operations.Problem(dtype=dtype, shapes=SHAPES)))
+    for shapes in (SHAPES, MANY_SHAPES):
+        for case in operations.CASES:
+            yield Call(case.call, case.sample(operations.Problem(dtype=dtype, shapes=shapes)))
     for clients in NETWORK_SIZES + MANY_CLIENTS:
         updates = np.random.default_rng(clients).standard_normal((clients, 301)).astype(jnp.dtype(dtype))
         where = np.arange(clients) % 5 != 1

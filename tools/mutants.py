@@ -31,6 +31,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
 BYZANTINE, ADAPTERS, COMPRESSED = "byzantine", "adapters", "compressed"
+LAUNCHES = "launches"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -38,6 +39,7 @@ LINEAR_BATTERY = ("tests/test_battery.py", "-k", "(weighted or norms or finite_c
 ORDER_SIZES = ("tests/test_order_statistics.py",)
 NETWORKS = ("tests/test_networks.py",)
 NATIVE = ("tests/test_export.py", "-k", "too_small")
+GEOMETRY = ("tests/test_cuda_build.py", "-k", "geometry")
 ERRORS = ("tests/test_errors.py",)
 SENSITIVITY = ("tests/test_private.py", "-k", "one_client or lone or float64 or bound")
 NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counters or generators")
@@ -106,6 +108,7 @@ PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_ja
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower/aggregators.py"
 FLOWER_SERVER, FORMS = "fedfuse_jax/compat/flower/optimizers.py", "fedfuse_jax/compat/flower/_forms.py"
 BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
+LAUNCH = "ffi/cuda/launch.h"
 
 MUTANTS = (
     # --- Linear operations: definitions -------------------------------------------------------------------------
@@ -519,6 +522,19 @@ MUTANTS = (
     Mutant(COMPRESSED, COMPRESSED_CONTRACT, "shape.bytes == (needed + per_byte - 1) / per_byte", "shape.bytes > 0",
            "codes that are too short are read past their end",
            ("tests/test_export.py", "-k", "too_few")),
+    # --- Launches on a GPU --------------------------------------------------------------------------------------
+    Mutant(LAUNCHES, LAUNCH, "std::copy_n(leaves, this->num_leaves, few.leaves)", "std::copy_n(leaves, 1, few.leaves)",
+           "a small table has one leaf only", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "if (p->num_leaves == P::kCapacity ||", "if (p->num_leaves > P::kCapacity ||",
+           "a table takes a leaf too many", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "|| p->tiles > std::numeric_limits<std::uint32_t>::max())", ")",
+           "a table has more tiles than it can number", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "p.leaves[middle].first_tile) <= index)", "p.leaves[middle].first_tile) < index)",
+           "a leaf's first tile is looked for in the leaf before", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "if ((mapped >> axis & 1u) != 0) {", "if ((mapped >> (axis + 1) & 1u) != 0) {",
+           "looks whether another axis is mapped", GEOMETRY),
+    Mutant(LAUNCHES, LAUNCH, "if (shape.coordinates[leaf] == 0 || !belongs(leaf))", "if (!belongs(leaf))",
+           "an empty leaf takes a place in a table", GEOMETRY),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@
 #include "cuda/clients.h"
 #include "cuda/elements.h"
 #include "cuda/operations.h"
+#include "cuda/reductions.h"
 
 namespace fedfuse {
 namespace cuda {
@@ -246,7 +247,7 @@ struct StepOptions {
 // One block of coordinates, a few at a time: the step, and while the updates are in a cache, the distances. The last
 // operand is where a leaf's partial sums are.
 template <Type type>
-struct Step {
+struct StepToward {
   using Bits = typename Element<type>::Bits;
   using Accumulator = typename Element<type>::Accumulator;
   using Parameters = cuda::Parameters<4, StepOptions>;
@@ -255,12 +256,12 @@ struct Step {
   static constexpr int kBlocks = 3;
   static constexpr int kTileColumns = kReductionBlock;
   static constexpr int kColumns = 1024;  // at a time
-  static constexpr int kLanes = 32;      // threads on a client's distance
-  static constexpr int kClients = kThreads / kLanes;
+  // A warp has a client's distance.
+  static constexpr int kClients = kThreads / kWarpThreads;
 
   struct Shared {
     Accumulator moved[kColumns];
-    double sums[kClients][kLanes];
+    WarpReduction<double, kThreads> sums;
   };
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
@@ -295,23 +296,22 @@ struct Step {
         }
       });
       for (std::int64_t first = 0; first < p.clients; first += kClients) {
-        team.each([&](int thread, Nothing&) {
-          const std::int64_t client = first + thread / kLanes;
+        const auto add_squares = [&](int thread, Nothing&) {
+          const std::int64_t client = first + thread / kWarpThreads;
           const bool present = client < p.clients && (where == nullptr || where[client]);
           double sum = 0;
-          for (std::int64_t column = thread % kLanes; present && column < columns; column += kLanes) {
+          for (std::int64_t column = thread % kWarpThreads; present && column < columns; column += kWarpThreads) {
             const Accumulator value = Element<type>::widen(updates[client * coordinates + begin + column]);
             const double apart = value - shared.moved[column];
             sum += apart * apart;
           }
-          shared.sums[thread / kLanes][thread % kLanes] = sum;
-        });
-        team.each([&](int thread, Nothing&) {
-          const std::int64_t client = first + thread;
-          if (thread >= kClients || client >= p.clients) return;
-          double sum = begin == 0 ? 0 : partials[client * p.options.num_blocks];
-          for (int lane = 0; lane < kLanes; ++lane) sum += shared.sums[thread][lane];
-          partials[client * p.options.num_blocks] = sum;
+          return sum;
+        };
+        add_up_warps(shared.sums, team, add_squares, [&](int warp, double sum) {
+          const std::int64_t client = first + warp;
+          if (client >= p.clients) return;
+          double& partial = partials[client * p.options.num_blocks];
+          partial = begin == 0 ? sum : partial + sum;
         });
       }
     }
@@ -329,28 +329,16 @@ struct FinishDistances {
     View distances;
   };
 
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = kReductionThreads;
 
-  struct Shared {
-    double sums[kThreads];
-  };
+  using Shared = Reduction<double, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
-    const double* const partials = p.partials + task * p.num_blocks;
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
-      double sum = 0;
-      for (std::int64_t block = thread; block < p.num_blocks; block += kThreads) sum += partials[block];
-      shared.sums[thread] = sum;
-    });
-    for (int distance = kThreads / 2; distance > 0; distance /= 2) {
-      team.each([&](int thread, Nothing&) {
-        if (thread < distance) shared.sums[thread] += shared.sums[thread + distance];
-      });
-    }
+    const double squares = add_blocks(p.partials + task * p.num_blocks, p.num_blocks, shared, team);
     team.each([&](int thread, Nothing&) {
       if (thread != 0) return;
-      const double distance = sqrt(shared.sums[0]);
+      const double distance = sqrt(squares);
       const std::int64_t batch = task / p.clients;
       // NaN as well is infinitely far; what is too large for a float32 becomes infinite by itself.
       store_as(p.distances.type, distance == distance ? distance : __builtin_inf(), p.distances.at(p.batch, batch),
@@ -418,7 +406,7 @@ std::string enqueue(const StepProblem& problem, Stream stream) {
     partials[leaf].data = reinterpret_cast<std::byte*>(problem.partials + problem.first_block[leaf]);
   }
   std::string error = for_each_type([&](auto type) {
-    using Body = Step<decltype(type)::value>;
+    using Body = StepToward<decltype(type)::value>;
     typename Body::Parameters p{};
     p.options = {problem.weights, problem.where, problem.first_block.back()};
     return for_each_table(

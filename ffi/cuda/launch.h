@@ -3,6 +3,7 @@
 #ifndef FEDFUSE_CUDA_LAUNCH_H_
 #define FEDFUSE_CUDA_LAUNCH_H_
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
@@ -16,8 +17,14 @@
 namespace fedfuse {
 namespace cuda {
 
-// What a kernel's parameters may take up on every driver and in every command buffer.
-inline constexpr std::int64_t kParameterBytes = 4096;
+// What a kernel's parameters may take up (since CUDA 12.1, from compute capability 7.0 on).
+inline constexpr std::int64_t kParameterBytes = 32764;
+
+// How many leaves a kernel's table has room for. A launch copies the room, used or not, so kernels that do little but
+// read and write are compiled a second time, for trees of few leaves. Order statistics and other arithmetic last longer
+// than the copy, and their kernels take too long to compile.
+inline constexpr int kMostLeaves = 320;
+inline constexpr int kFewLeaves = 32;
 
 // The most blocks of a launch; they walk over the rest of the work.
 inline constexpr std::int64_t kMostBlocks = std::numeric_limits<std::int32_t>::max();
@@ -35,20 +42,36 @@ struct Leaf {
 };
 static_assert(kMaxBatchDims <= 8, "a batch axis has a bit in a byte");
 
-// What the parameters of every kernel look like. `work` is the number of tasks that blocks take up one by one.
-template <int kNumOperands, typename KernelOptions>
-struct Parameters {
-  using Options = KernelOptions;
-  static constexpr int kOperands = kNumOperands;
-  static constexpr std::int64_t kFixedBytes = sizeof(Batch) + 4 * sizeof(std::int64_t) + sizeof(Options) + 16;
-  static constexpr int kCapacity = static_cast<int>((kParameterBytes - kFixedBytes) / sizeof(Leaf<kNumOperands>));
-
+// What is not of a single leaf. `work` is the number of tasks that blocks take up one by one.
+template <typename Options>
+struct Header {
   Batch batch;
-  std::int64_t clients;
-  std::int64_t tiles;  // of all leaves of the table, in one element of the batch
-  std::int64_t work;
-  int num_leaves;
-  Options options;
+  std::int64_t clients = 0;
+  std::int64_t tiles = 0;  // of all leaves of the table, in one element of the batch
+  std::int64_t work = 0;
+  int num_leaves = 0;
+  Options options{};
+};
+
+// What the parameters of every kernel over leaves look like.
+template <int kNumOperands, typename KernelOptions, int kNumLeaves = kMostLeaves>
+struct Parameters : Header<KernelOptions> {
+  using Options = KernelOptions;
+  using FewLeaves = Parameters<kNumOperands, KernelOptions, kFewLeaves>;
+  static constexpr int kOperands = kNumOperands;
+  static constexpr int kCapacity = kNumLeaves;
+
+  // Does not clear the table, which is long: nobody looks behind its last leaf.
+  Parameters() {}
+
+  // The same in a small table, for no more leaves than that has room for.
+  FewLeaves few_leaves() const {
+    FewLeaves few;
+    static_cast<Header<Options>&>(few) = *this;
+    std::copy_n(leaves, this->num_leaves, few.leaves);
+    return few;
+  }
+
   Leaf<kNumOperands> leaves[kCapacity];
 };
 

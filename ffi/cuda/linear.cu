@@ -22,6 +22,7 @@ struct WeightedSum {
   using Sums = Pack<Accumulator>;
   using Parameters = cuda::Parameters<2, SumOptions>;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kBlocks = 3;
   static constexpr int kColumns = Elements::kSize;  // a thread's
@@ -40,7 +41,8 @@ struct WeightedSum {
     Accumulator total_weight = 0;
   };
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared& shared, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const std::int64_t coordinates = p.leaves[tile.leaf].coordinates;
     const Bits* const updates =

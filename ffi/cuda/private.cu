@@ -27,17 +27,16 @@ struct PartialNorm {
   using Elements = Pack<Bits>;
   using Parameters = cuda::Parameters<2, NormOptions>;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = kReductionBlock;
 
-  struct Shared {
-    double sums[kThreads];
-    double found;
-  };
+  using Shared = Reduction<double, kThreads>;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared& shared, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const Bits* const updates = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) +
@@ -56,19 +55,14 @@ struct PartialNorm {
     };
 
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
+    const double plain = add_up(shared, team, [&](int thread, Nothing&) {
       double sum = 0;
       each_value(thread, [&](double value) { sum += value * value; });
-      shared.sums[thread] = sum;
+      return sum;
     });
-    add_up(shared.sums, team);
-    team.each([&](int thread, Nothing&) {
-      if (thread == 0) shared.found = shared.sums[0];
-    });
-    ScaledSum result = {shared.found, 0};
+    ScaledSum result = {plain, 0};
     if constexpr (type == Type::kFloat64) {
       // Squares that left the range are taken again, of numbers scaled by a power of two. All threads agree on that.
-      const double plain = shared.found;
       if (!is_safe_sum_of_squares(plain) && plain == plain) result = scaled(shared, team, each_value);
     }
     ScaledSum* const partials = reinterpret_cast<ScaledSum*>(p.leaves[tile.leaf].data[1]);
@@ -80,35 +74,23 @@ struct PartialNorm {
 
   template <typename Threads, typename EachValue>
   static FEDFUSE_DEVICE ScaledSum scaled(Shared& shared, Threads& team, EachValue each_value) {
-    team.each([&](int thread, Nothing&) {
+    const auto largest_of = [&](int thread, Nothing&) {
       double largest = 0;
       each_value(thread, [&](double value) { largest = fmax(largest, fabs(value)); });
-      shared.sums[thread] = largest;
-    });
-    for (int distance = kThreads / 2; distance > 0; distance /= 2) {
-      team.each([&](int thread, Nothing&) {
-        if (thread < distance) shared.sums[thread] = fmax(shared.sums[thread], shared.sums[thread + distance]);
-      });
-    }
-    team.each([&](int thread, Nothing&) {
-      if (thread == 0) shared.found = shared.sums[0];
-    });
-    const double largest = shared.found;
+      return largest;
+    };
+    const double largest = reduce(shared, team, largest_of, [](double a, double b) { return fmax(a, b); });
     if (largest == 0 || largest - largest != 0) return {largest, 0};
     const int exponent = ilogb(largest);
-    team.each([&](int thread, Nothing&) {
-      double sum = 0;
+    const double sum = add_up(shared, team, [&](int thread, Nothing&) {
+      double squares = 0;
       each_value(thread, [&](double value) {
         const double small = ldexp(value, -exponent);
-        sum += small * small;
+        squares += small * small;
       });
-      shared.sums[thread] = sum;
+      return squares;
     });
-    add_up(shared.sums, team);
-    team.each([&](int thread, Nothing&) {
-      if (thread == 0) shared.found = shared.sums[0];
-    });
-    return {shared.found, static_cast<double>(exponent)};
+    return {sum, static_cast<double>(exponent)};
   }
 };
 
@@ -128,30 +110,23 @@ struct FindNorms {
 
   static constexpr int kThreads = kReductionThreads;
 
-  struct Shared {
-    ScaledSum sums[kThreads];
-  };
+  using Shared = Reduction<ScaledSum, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
     const std::int64_t batch = task / p.clients;
     const std::int64_t client = task - batch * p.clients;
     const bool is_given = p.given.type != Type::kOther;
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
+    const auto add_blocks = [&](int thread, Nothing&) {
       ScaledSum sum = {0, 0};
       for (std::int64_t block = thread; !is_given && block < p.num_blocks; block += kThreads) {
         sum = add(sum, p.partials[task * p.num_blocks + block]);
       }
-      shared.sums[thread] = sum;
-    });
-    for (int distance = kThreads / 2; distance > 0; distance /= 2) {
-      team.each([&](int thread, Nothing&) {
-        if (thread < distance) shared.sums[thread] = add(shared.sums[thread], shared.sums[thread + distance]);
-      });
-    }
+      return sum;
+    };
+    const ScaledSum squares = reduce(shared, team, add_blocks, [](ScaledSum a, ScaledSum b) { return add(a, b); });
     team.each([&](int thread, Nothing&) {
       if (thread != 0) return;
-      const ScaledSum squares = shared.sums[0];
       const double given = is_given ? load_as<double>(p.given.type, p.given.at(p.batch, batch), client) : 0;
       store_as(p.norms.type, is_given ? given : norm_of(squares), p.norms.at(p.batch, batch), client);
       if (p.max_norm.type == Type::kOther) return;

@@ -1,9 +1,9 @@
 // quantized_weighted_sum: a thread sums a few adjacent coordinates over the clients, in their order, and widens codes
 // in registers; and what the derivatives need.
 #include "cuda/clients.h"
+#include "cuda/collectives.h"
 #include "cuda/elements.h"
 #include "cuda/operations.h"
-#include "cuda/reductions.h"
 
 namespace fedfuse {
 namespace cuda {
@@ -137,9 +137,7 @@ struct QuantizedDotLarge {
   using Parameters = QuantizedParameters;
   static constexpr int kThreads = 1024;
 
-  struct Shared {
-    double sums[kThreads];
-  };
+  using Shared = Reduction<double, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
     const std::int64_t row = task / p.shape.blocks, block = task - row * p.shape.blocks;
@@ -155,18 +153,17 @@ struct QuantizedDotLarge {
     const std::int64_t rest = p.shape.coordinates - begin;
     const std::int64_t end = begin + (rest < p.shape.block_size ? rest : p.shape.block_size);
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
+    const double dot = add_up(shared, team, [&](int thread, Nothing&) {
       double sum = 0;
 #pragma unroll 8
       for (std::int64_t i = begin + thread; present && i < end; i += kThreads) {
         const Accumulator offset = static_cast<Accumulator>(code_at<Accumulator, codes>(codes_of_row, i)) - zero;
         sum += static_cast<double>(offset) * static_cast<double>(vector[i]);
       }
-      shared.sums[thread] = sum;
+      return sum;
     });
-    add_up(shared.sums, team);
     team.each([&](int thread, Nothing&) {
-      if (thread == 0) store_as(p.result.type, shared.sums[0], p.result.at(p.shape.batch, batch), at);
+      if (thread == 0) store_as(p.result.type, dot, p.result.at(p.shape.batch, batch), at);
     });
   }
 };

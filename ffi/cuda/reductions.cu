@@ -22,16 +22,16 @@ struct PartialDot {
   using Elements = Pack<Bits>;
   using Parameters = cuda::Parameters<3, DotOptions>;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = kReductionBlock;
 
-  struct Shared {
-    double sums[kThreads];
-  };
+  using Shared = Reduction<double, kThreads>;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared& shared, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const std::int64_t client = at.client;
@@ -50,29 +50,27 @@ struct PartialDot {
     const std::int64_t columns = tile.columns;
 
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
+    const double dot = add_up(shared, team, [&](int thread, Nothing&) {
       double sum = 0;
-      if (present) {
+      if (!present) return sum;
 #pragma unroll 4
-        for (std::int64_t column = thread * kColumns; column < columns; column += kThreads * kColumns) {
-          const Elements elements = Elements::load(updates + column, aligned, columns - column);
-          for (int i = 0; i < kColumns; ++i) {
-            const double value = Element<type>::widen(elements.elements[i]);
-            double other = value;
-            if (!squares) {
-              other = column + i < columns ? load_as<double>(options.others_type, others, column + i) : 0;
-            }
-            sum += value * other;
+      for (std::int64_t column = thread * kColumns; column < columns; column += kThreads * kColumns) {
+        const Elements elements = Elements::load(updates + column, aligned, columns - column);
+        for (int i = 0; i < kColumns; ++i) {
+          const double value = Element<type>::widen(elements.elements[i]);
+          double other = value;
+          if (!squares) {
+            other = column + i < columns ? load_as<double>(options.others_type, others, column + i) : 0;
           }
+          sum += value * other;
         }
       }
-      shared.sums[thread] = sum;
+      return sum;
     });
-    add_up(shared.sums, team);
     double* const partials = reinterpret_cast<double*>(p.leaves[tile.leaf].data[2]);
     team.each([&](int thread, Nothing&) {
       if (thread != 0) return;
-      partials[(tile.batch * p.clients + client) * options.num_blocks + tile.begin / kReductionBlock] = shared.sums[0];
+      partials[(tile.batch * p.clients + client) * options.num_blocks + tile.begin / kReductionBlock] = dot;
     });
   }
 };
@@ -90,22 +88,14 @@ struct AddPartials {
 
   static constexpr int kThreads = kReductionThreads;
 
-  struct Shared {
-    double sums[kThreads];
-  };
+  using Shared = Reduction<double, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
-    const double* const partials = p.partials + task * p.num_blocks;
     const std::int64_t batch = task / p.clients;
     Team<kThreads> team;
+    const double dot = add_blocks(p.partials + task * p.num_blocks, p.num_blocks, shared, team);
     team.each([&](int thread, Nothing&) {
-      double sum = 0;
-      for (std::int64_t block = thread; block < p.num_blocks; block += kThreads) sum += partials[block];
-      shared.sums[thread] = sum;
-    });
-    add_up(shared.sums, team);
-    team.each([&](int thread, Nothing&) {
-      if (thread == 0) store_as(p.dots.type, shared.sums[0], p.dots.at(p.batch, batch), task - batch * p.clients);
+      if (thread == 0) store_as(p.dots.type, dot, p.dots.at(p.batch, batch), task - batch * p.clients);
     });
   }
 };
@@ -141,11 +131,13 @@ struct FindNotFinite {
   using Parameters = cuda::Parameters<1, FiniteOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = kReductionThreads;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = kReductionBlock;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const ClientTile at = locate_client(p, task, kTileColumns);
     const Tile& tile = at.tile;
     const std::int64_t client = at.client;

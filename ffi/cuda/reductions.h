@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/collectives.h"
 #include "cuda/launch.h"
 #include "cuda/team.h"
 
@@ -12,14 +13,15 @@ namespace cuda {
 
 inline constexpr int kReductionThreads = 256;
 
-// Adds what the threads have, as a fixed tree; the sum ends up in sums[0]. kThreads is a power of two.
+// The sum of the partial sums of one client.
 template <int kThreads, typename Threads>
-FEDFUSE_DEVICE void add_up(double (&sums)[kThreads], Threads& team) {
-  for (int distance = kThreads / 2; distance > 0; distance /= 2) {
-    team.each([&](int thread, auto&) {
-      if (thread < distance) sums[thread] += sums[thread + distance];
-    });
-  }
+FEDFUSE_DEVICE double add_blocks(const double* partials, std::int64_t num_blocks, Reduction<double, kThreads>& shared,
+                                 Threads& team) {
+  return add_up(shared, team, [&](int thread, auto&) {
+    double sum = 0;
+    for (std::int64_t block = thread; block < num_blocks; block += kThreads) sum += partials[block];
+    return sum;
+  });
 }
 
 // A task of these kernels: a tile of one client.

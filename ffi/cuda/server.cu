@@ -54,11 +54,13 @@ struct CheckMean {
   using Parameters = cuda::Parameters<1, CheckOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kColumns = Elements::kSize;
   static constexpr int kTileColumns = 16 * kThreads * kColumns;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const Bits* const mean = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, 1, sizeof(Bits))) + tile.begin;
     const bool aligned = is_aligned(mean, kPackBytes);
@@ -92,11 +94,13 @@ struct Step {
   using Parameters = cuda::Parameters<7, StepOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kColumns = Elements::kSize;  // a thread's
   static constexpr int kTileColumns = kThreads * kColumns;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const auto params = [&](int operand) {
       return reinterpret_cast<Bits*>(operand_data(p, tile, operand, 1, sizeof(Bits))) + tile.begin;

@@ -7,9 +7,9 @@
 #include <algorithm>
 
 #include "cuda/clients.h"
+#include "cuda/collectives.h"
 #include "cuda/elements.h"
 #include "cuda/operations.h"
-#include "cuda/reductions.h"
 
 namespace fedfuse {
 namespace cuda {
@@ -37,25 +37,21 @@ struct FindSorted {
   using Parameters = SparseParameters;
   static constexpr int kThreads = 256;
 
-  struct Shared {
-    std::uint32_t descents;
-  };
+  using Shared = Reduction<int, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t row) {
     const std::int64_t batch = row / p.shape.clients;
     const std::int32_t* const indices = indices_of(p, batch, row - batch * p.shape.clients);
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
-      if (thread == 0) shared.descents = 0;
-    });
-    team.each([&](int thread, Nothing&) {
-      bool found = false;
+    const auto descends = [&](int thread, Nothing&) {
+      int found = 0;
 #pragma unroll 4
       for (std::int64_t i = thread; i + 1 < p.shape.entries; i += kThreads) found |= indices[i] > indices[i + 1];
-      if (found) add_to_shared(&shared.descents, 1);
-    });
+      return found;
+    };
+    const int found = reduce(shared, team, descends, [](int a, int b) { return a | b; });
     team.each([&](int thread, Nothing&) {
-      if (thread == 0) p.sorted[row] = shared.descents == 0;
+      if (thread == 0) p.sorted[row] = found == 0;
     });
   }
 };
@@ -78,6 +74,7 @@ struct SparseSum {
     std::int64_t first[kThreads];
     std::int64_t end[kThreads];
     Accumulator weights[kThreads];
+    Scan<std::int64_t, kThreads> scan;
     std::uint32_t waiting[2];
   };
 
@@ -87,7 +84,6 @@ struct SparseSum {
     std::int32_t column;
     bool waits;
     bool had_turn;
-    std::int64_t before;
   };
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
@@ -127,7 +123,7 @@ struct SparseSum {
                                                   Threads& team) {
     const bool* const where = where_of(p.where, p.shape.batch, batch);
     const std::byte* const weights = p.weights.at(p.shape.batch, batch);
-    team.each([&](int thread, State&) {
+    const auto count_entries = [&](int thread, State&) {
       const std::int64_t own = client + thread;
       std::int64_t first = 0, last = 0;
       if (own < p.shape.clients && (where == nullptr || where[own])) {
@@ -140,13 +136,9 @@ struct SparseSum {
         shared.weights[thread] = reinterpret_cast<const Accumulator*>(weights)[own];
       }
       shared.first[thread] = first;
-      shared.end[thread] = last - first;
-    });
-    for (int distance = 1; distance < kThreads; distance *= 2) {
-      team.each(
-          [&](int thread, State& state) { state.before = thread >= distance ? shared.end[thread - distance] : 0; });
-      team.each([&](int thread, State& state) { shared.end[thread] += state.before; });
-    }
+      return last - first;
+    };
+    scan(shared.scan, team, count_entries, [&](int thread, std::int64_t count) { shared.end[thread] = count; });
     return shared.end[kThreads - 1];
   }
 
@@ -256,9 +248,7 @@ struct SparseDots {
 
   static constexpr int kThreads = 256;
 
-  struct Shared {
-    double sums[kThreads];
-  };
+  using Shared = Reduction<double, kThreads>;
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t row) {
     const std::int64_t batch = row / p.shape.clients, client = row - batch * p.shape.clients;
@@ -269,7 +259,7 @@ struct SparseDots {
     const Bits* const values =
         reinterpret_cast<const Bits*>(p.values.at(p.shape.batch, batch)) + client * p.shape.entries;
     Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
+    const double dot = add_up(shared, team, [&](int thread, Nothing&) {
       double sum = 0;
 #pragma unroll 4
       for (std::int64_t entry = thread; present && entry < p.shape.entries; entry += kThreads) {
@@ -277,11 +267,10 @@ struct SparseDots {
         if (index < 0 || index >= p.shape.coordinates) continue;
         sum += static_cast<double>(Element<type>::widen(values[entry])) * static_cast<double>(vector[index]);
       }
-      shared.sums[thread] = sum;
+      return sum;
     });
-    add_up(shared.sums, team);
     team.each([&](int thread, Nothing&) {
-      if (thread == 0) store_as(p.result.type, shared.sums[0], p.result.at(p.shape.batch, batch), client);
+      if (thread == 0) store_as(p.result.type, dot, p.result.at(p.shape.batch, batch), client);
     });
   }
 };

@@ -19,11 +19,13 @@ struct Accumulate {
   using Parameters = cuda::Parameters<3, AccumulateOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kColumns = Elements::kSize;  // a thread's
   static constexpr int kTileColumns = kThreads * kColumns;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const auto accumulators = [&](int operand) {
       return reinterpret_cast<Accumulator*>(operand_data(p, tile, operand, 1, sizeof(Accumulator))) + tile.begin;
@@ -58,11 +60,13 @@ struct Stack {
   using Parameters = cuda::Parameters<2, Nothing>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kPacks = 4;  // a thread's
   static constexpr int kTileColumns = kThreads * kPacks * Pack<Bits>::kSize;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const Bits* const from = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, 1, sizeof(Bits))) + tile.begin;
     Bits* const to = reinterpret_cast<Bits*>(operand_data(p, tile, 1, p.clients, sizeof(Bits))) + tile.begin;

@@ -21,12 +21,14 @@ struct WeightedSpread {
   using Parameters = cuda::Parameters<2, SpreadOptions>;
   using Shared = Nothing;
 
+  static constexpr bool kStreams = true;
   static constexpr int kThreads = 256;
   static constexpr int kBlocks = 4;
   static constexpr int kColumns = Elements::kSize;  // a thread's
   static constexpr int kTileColumns = kThreads * kColumns;
 
-  static FEDFUSE_DEVICE void run(const Parameters& p, Shared&, std::int64_t task) {
+  template <typename Table>
+  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
     const std::int64_t coordinates = p.leaves[tile.leaf].coordinates;
     const std::int64_t cotangent_bytes = bytes_of(p.options.cotangent_type);

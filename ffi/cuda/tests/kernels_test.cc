@@ -221,7 +221,7 @@ void check_order_statistics(Type type, bool brief) {
     check_order({type, clients, {5}, clients / 5, false, false, {}, Type::kBFloat16}, 0);
     check_order({type, clients, {5}, clients / 5, false, false, {}, Type::kFloat16}, 0);
   }
-  check_order({type, 3, std::vector<std::int64_t>(300, 2), 1}, pattern++);
+  check_order({type, 3, with_many({300, 2, 7}), 1}, pattern++);
   check_order({type, 3, {2}, 1, false, true, {70000}, Type::kOther, false}, 1);
   check_order({type, 3, {2}, -1, true}, 0);  // nobody is left
 }
@@ -326,15 +326,16 @@ void check_sums(Type type) {
     check_weighted_sum(type, 5, {16, 3, 0, 2049, 64}, true, true, {}, reduced);
   }
   check_weighted_sum(type, 10, {5, 16}, true, true, {2, 3, 2}, accumulator(type));
-  check_weighted_sum(type, 3, std::vector<std::int64_t>(300, 4), false, false, {}, accumulator(type));
+  check_weighted_sum(type, 3, with_many({4, 5000}), false, false, {2}, accumulator(type));
 
   for (const Type cotangent : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
     check_weighted_spread(type, 5, {16, 3, 0, 2049, 64}, true, {2, 3}, cotangent);
   }
   check_weighted_spread(type, 300, {1, 16}, false, {}, accumulator(type));
+  check_weighted_spread(type, 3, with_many({4, 5000}), true, {2}, accumulator(type));
 
   // accumulate_weighted, in place
-  const Shape shape = shape_of({3}, 0, {1, 5000, 16});
+  const Shape shape = shape_of({3}, 0, with_many({1, 5000, 16}));
   std::vector<Array> total, update, before;
   Array weight(accumulator(type), shape.batch, 1);
   weight.fill([](std::int64_t) { return normal(); });
@@ -389,7 +390,7 @@ void check_stack(Type type, std::int64_t clients, std::vector<std::int64_t> batc
 
 void check_reductions(Type type, Type others_type, bool shared, bool norms, std::vector<std::int64_t> batch) {
   const std::int64_t clients = 4;
-  const Shape shape = shape_of(std::move(batch), clients, {1, 40001, 0, 16384, 7});
+  const Shape shape = shape_of(std::move(batch), clients, with_many({1, 40001, 0, 16384, 7}));
   std::vector<Array> updates, others;
   for (const std::int64_t count : shape.coordinates) {
     updates.emplace_back(type, shape.batch, clients * count, 1).fill([](std::int64_t) { return normal(); });
@@ -432,7 +433,7 @@ void check_reductions(Type type, Type others_type, bool shared, bool norms, std:
 
 void check_finite(Type type) {
   const std::int64_t clients = 300;
-  const Shape shape = shape_of({2}, clients, {3, 0, 20});
+  const Shape shape = shape_of({2}, clients, with_many({3, 0, 20}));
   std::vector<Array> updates;
   for (const std::int64_t count : shape.coordinates) {
     updates.emplace_back(type, shape.batch, clients * count).fill([](std::int64_t) {

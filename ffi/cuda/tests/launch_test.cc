@@ -22,6 +22,8 @@ struct Options {
   std::int64_t whatever[24];
 };
 using Table = Parameters<3, Options>;
+static_assert(sizeof(Parameters<7, Options>) <= kParameterBytes, "the most operands that a kernel has");
+static_assert(sizeof(Parameters<7, Options>::FewLeaves) <= 4096 && sizeof(Table::FewLeaves) <= 2048, "soon copied");
 
 Shape shape_of(std::vector<std::int64_t> batch, std::int64_t clients, std::vector<std::int64_t> coordinates) {
   Shape shape;
@@ -48,8 +50,37 @@ View view_of(const Shape& shape, std::size_t leaf, std::int64_t rows, unsigned m
   return view;
 }
 
-// Cuts the problem as kernels do, and checks that every tile is found again, where it belongs. Of very many tiles only
-// some are looked at. Returns the number of launches.
+// Checks that every tile of a table is found again, where it belongs; of very many tiles, some. Its first leaf is
+// `first_leaf`; returns the one after its last.
+template <typename P>
+std::size_t check_table(const std::string& what, const P& p, const Shape& shape, std::int64_t width,
+                        const std::vector<View>& updates, const std::vector<View>& results, std::size_t first_leaf) {
+  expect(p.work == p.tiles * shape.batch.count, what + ": work");
+  expect(blocks_for(p.work) >= 1 && blocks_for(p.work) <= kMostBlocks, what + ": blocks");
+  std::size_t leaf = first_leaf;
+  for (int entry = 0; entry < p.num_leaves; ++entry, ++leaf) {
+    while (shape.coordinates[leaf] == 0) ++leaf;
+    const std::int64_t coordinates = shape.coordinates[leaf];
+    const std::int64_t tiles = (coordinates + width - 1) / width;
+    for (const std::int64_t batch : {std::int64_t{0}, shape.batch.count / 2, shape.batch.count - 1}) {
+      for (const std::int64_t number : {std::int64_t{0}, tiles / 3, tiles - 1}) {
+        const std::int64_t index = batch * p.tiles + p.leaves[entry].first_tile + number;
+        const Tile tile = locate(p, index, width);
+        const std::int64_t begin = number * width;
+        const std::int64_t columns = number == tiles - 1 ? coordinates - begin : width;
+        expect(tile.batch == batch && tile.leaf == entry && tile.begin == begin && tile.columns == columns,
+               what + ": tile " + std::to_string(index));
+        expect(operand_data(p, tile, 0, shape.clients, 4) == updates[leaf].at(shape.batch, batch) &&
+                   operand_data(p, tile, 2, 1, 4) == results[leaf].at(shape.batch, batch),
+               what + ": data of tile " + std::to_string(index));
+      }
+    }
+  }
+  return leaf;
+}
+
+// Cuts the problem as kernels do, and checks every table; those that fit, as a small one too. Returns the number of
+// launches.
 int check(const std::string& what, const Shape& shape, std::int64_t width, unsigned mapped = 0xff) {
   std::vector<View> updates, results;
   for (std::size_t leaf = 0; leaf < shape.coordinates.size(); ++leaf) {
@@ -63,27 +94,12 @@ int check(const std::string& what, const Shape& shape, std::int64_t width, unsig
       shape, {&updates, nullptr, &results}, width, 1, &table,
       [&](const Table& p) {
         ++launches;
-        expect(p.work == p.tiles * shape.batch.count, what + ": work");
-        expect(blocks_for(p.work) >= 1 && blocks_for(p.work) <= kMostBlocks, what + ": blocks");
-        for (int entry = 0; entry < p.num_leaves; ++entry) {
-          while (shape.coordinates[next_leaf] == 0) ++next_leaf;
-          const std::int64_t coordinates = shape.coordinates[next_leaf];
-          const std::int64_t tiles = (coordinates + width - 1) / width;
-          for (const std::int64_t batch : {std::int64_t{0}, shape.batch.count / 2, shape.batch.count - 1}) {
-            for (const std::int64_t number : {std::int64_t{0}, tiles / 3, tiles - 1}) {
-              const std::int64_t index = batch * p.tiles + p.leaves[entry].first_tile + number;
-              const Tile tile = locate(p, index, width);
-              const std::int64_t begin = number * width;
-              const std::int64_t columns = number == tiles - 1 ? coordinates - begin : width;
-              expect(tile.batch == batch && tile.leaf == entry && tile.begin == begin && tile.columns == columns,
-                     what + ": tile " + std::to_string(index));
-              expect(operand_data(p, tile, 0, shape.clients, 4) == updates[next_leaf].at(shape.batch, batch) &&
-                         operand_data(p, tile, 2, 1, 4) == results[next_leaf].at(shape.batch, batch),
-                     what + ": data of tile " + std::to_string(index));
-            }
-          }
-          ++next_leaf;
+        const std::size_t past = check_table(what, p, shape, width, updates, results, next_leaf);
+        if (p.num_leaves <= kFewLeaves) {
+          expect(check_table(what + ", few", p.few_leaves(), shape, width, updates, results, next_leaf) == past,
+                 what + ": few leaves");
         }
+        next_leaf = past;
         return std::string();
       },
       [](std::size_t) { return true; });
@@ -113,10 +129,15 @@ int main_of_test() {
     check("a batch of 3 axes, shared over some", shape_of({3, 1, 4}, 3, {5, 300}), 128, mapped);
     check("8 axes", shape_of({2, 3, 1, 2, 1, 2, 3, 2}, 3, {5, 300}), 128, mapped * 0x11);
   }
-  const std::int64_t leaves = 5000;
-  const int launches = check("thousands of leaves", shape_of({2}, 4, std::vector<std::int64_t>(leaves, 3)), 128);
-  expect(launches == (leaves + Table::kCapacity - 1) / Table::kCapacity, "full tables");
-  expect(Table::kCapacity >= 80, "a launch has room for many leaves");
+  expect(kMostLeaves >= 300, "a launch has room for many leaves");
+  for (const int leaves : {kFewLeaves, kFewLeaves + 1, kMostLeaves, kMostLeaves + 1, 5000}) {
+    const std::string what = std::to_string(leaves) + " leaves";
+    const int launches = check(what, shape_of({2}, 4, std::vector<std::int64_t>(leaves, 3)), 128);
+    expect(launches == (leaves + kMostLeaves - 1) / kMostLeaves, what + ": full tables");
+    std::vector<std::int64_t> uneven(leaves);
+    for (int i = 0; i < leaves; ++i) uneven[i] = 1 + i * 7919 % 1000;
+    check(what + ", uneven", shape_of({}, 4, uneven), 128, 0);
+  }
   std::vector<std::int64_t> some_empty(1000, 0);
   for (std::size_t i = 0; i < some_empty.size(); i += 3) some_empty[i] = static_cast<std::int64_t>(i) + 1;
   check("empty leaves between", shape_of({}, 4, some_empty), 128);

@@ -49,7 +49,8 @@ struct PrivateCase {
 void check_private(const PrivateCase& c, std::vector<std::int64_t> batch_sizes) {
   constexpr std::int64_t kClients = 300;
   constexpr std::int64_t kBlockRows = 2, kBlockColumns = 6;
-  const Shape shape = shape_of(std::move(batch_sizes), kClients, {1, 1030, 0, kBlockRows * kBlockColumns});
+  const std::vector<std::int64_t> coordinates = {1, 1030, 0, kBlockRows * kBlockColumns};
+  const Shape shape = shape_of(std::move(batch_sizes), kClients, c.noise ? coordinates : with_many(coordinates));
   const Batch& batch = shape.batch;
   const std::string what = std::string("private ") + name_of(c.type) + (c.clip ? " clip" : "") +
                            (c.given ? " given" : "") + (c.noise ? " noise" : "") + (c.blocks ? " blocks" : "");
@@ -64,9 +65,10 @@ void check_private(const PrivateCase& c, std::vector<std::int64_t> batch_sizes) 
     });
     reduced.emplace_back(accumulator_type, batch, count);
   }
+  const auto num_keys = static_cast<std::int64_t>(2 * shape.coordinates.size());
   Array weights(Type::kFloat64, batch, kClients), max_norm(Type::kFloat32, batch, 1, 0);
   Array given(Type::kFloat64, batch, kClients), where(Type::kBool, batch, kClients, 0);
-  Array norms(Type::kFloat64, batch, kClients), keys(Type::kUInt32, batch, 8), stddev(Type::kFloat32, batch, 1);
+  Array norms(Type::kFloat64, batch, kClients), keys(Type::kUInt32, batch, num_keys), stddev(Type::kFloat32, batch, 1);
   Array blocks(Type::kUInt32, batch, 4 * 2 * 3, 0);
   weights.fill([](std::int64_t i) { return i % 4 == 3 ? -0.5 : 1.25; });
   max_norm.fill([&](std::int64_t) { return 30 * c.scale; });
@@ -171,7 +173,7 @@ void check_private(const PrivateCase& c, std::vector<std::int64_t> batch_sizes) 
 
 void check_server(ServerRule rule, Type type, Type update_type, bool in_place, double poison) {
   constexpr std::int64_t kClients = 3;
-  const Shape shape = shape_of({2}, kClients, {1, 0, 2051});
+  const Shape shape = shape_of({2}, kClients, with_many({1, 0, 2051}));
   const Batch& batch = shape.batch;
   const Type real = accumulator(type);
   const auto fill = [](std::int64_t) { return std::fabs(normal()) + 0.1; };
