@@ -13,9 +13,11 @@
 
 namespace fedfuse {
 
-// The most columns of a tile. Their accumulators stay in the second-level cache while the rows go by; shorter pieces of
-// rows cost more, since every piece begins with pages whose addresses have to be found and lines nobody has fetched.
-inline constexpr std::int64_t kMostColumns = 16384;
+// Columns of a tile, wherever a leaf has enough. Their accumulators stay in the second-level cache while the rows go by;
+// shorter pieces of rows cost more, since every piece begins with pages whose addresses have to be found and lines
+// nobody has fetched. Two short pieces cost more than one that is longer by half.
+inline constexpr std::int64_t kWantedColumns = 16384;
+inline constexpr std::int64_t kMostColumns = kWantedColumns * 3 / 2;
 // Tiles that a thread has at least, so that none waits long for another's last one, unless they had fewer columns than
 // are worth it.
 inline constexpr std::int64_t kTilesPerThread = 8;
@@ -40,10 +42,10 @@ class Tiles {
     static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
     std::int64_t all = 0;
     for (std::int64_t coordinates : shape.coordinates) all += shape.batch.count * coordinates;
-    const std::int64_t wanted = std::clamp(all / (threads * kTilesPerThread), kFewestColumns, kMostColumns);
+    const std::int64_t wanted = std::clamp(all / (threads * kTilesPerThread), kFewestColumns, kWantedColumns);
     std::vector<std::int64_t> columns;
     for (std::int64_t coordinates : shape.coordinates) {
-      const std::int64_t pieces = std::max<std::int64_t>(1, quotient_up(coordinates, wanted));
+      const std::int64_t pieces = std::max<std::int64_t>(1, (coordinates + wanted / 2) / wanted);  // rounded
       const std::int64_t grains = quotient_up(quotient_up(coordinates, pieces), kGrain);
       columns.push_back(std::max<std::int64_t>(1, grains) * kGrain);
     }
