@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -15,34 +16,53 @@ namespace {
 
 // ---- Pairs ----------------------------------------------------------------------------------------------------------
 
-// A task has the pairs of two groups of so many clients, over one segment of the coordinates; of them it works on so
-// many columns at a time, which stay in the second-level cache.
-constexpr std::int64_t kGroupClients = 32;
+// A task has the pairs of two groups of clients, over one segment of the coordinates; of them it works on so many
+// columns at a time, which stay in the second-level cache.
+constexpr std::int64_t kMostGroupClients = 128;
+constexpr std::int64_t kFewestGroupClients = 32;
 constexpr std::int64_t kPairColumns = 1024;
-constexpr std::int64_t kGroupTiles = kGroupClients / kPairRows;
 
-std::int64_t num_groups(const Shape& shape) { return (shape.clients + kGroupClients - 1) / kGroupClients; }
+std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The clients in groups as like in size as can be. Every group meets every other one, and reads it anew: large groups,
+// but small ones where there would not be tasks enough to keep the threads busy.
+struct Groups {
+  explicit Groups(const PairsProblem& problem) {
+    static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
+    const std::int64_t pieces = problem.shape.batch.count * problem.segments, all = problem.shape.clients;
+    count = std::max<std::int64_t>(1, quotient_up(all, kMostGroupClients));
+    while (pieces * pairs() < kTilesPerThread * threads && quotient_up(all, 2 * count) >= kFewestGroupClients)
+      count *= 2;
+    clients = quotient_up(std::max<std::int64_t>(1, quotient_up(all, count)), kPairRows) * kPairRows;
+  }
+
+  std::int64_t pairs() const { return count * (count + 1) / 2; }
+
+  std::int64_t count;
+  std::int64_t clients;  // of a group, at most
+};
 
 // Some clients of a group, at one column. Behind the last of the group stand copies of it.
 struct GroupRows {
-  const void* rows[kGroupClients];
+  const void* rows[kMostGroupClients];
 
   void point_at(const View& view, const Shape& shape, std::int64_t batch, std::int64_t leaf, std::int64_t column,
                 const std::int64_t* clients, std::int64_t count) {
     const std::int64_t element = bytes_of(view.type), stride = shape.coordinates[leaf] * element;
     const std::byte* const first = view.at(shape.batch, batch) + column * element;
-    for (std::int64_t i = 0; i < kGroupClients; ++i) rows[i] = first + clients[std::min(i, count - 1)] * stride;
+    for (std::int64_t i = 0; i < quotient_up(count, kPairRows) * kPairRows; ++i) {
+      rows[i] = first + clients[std::min(i, count - 1)] * stride;
+    }
   }
 };
 
-void sum_pairs(const PairsProblem& problem, std::int64_t task) {
+void sum_pairs(const PairsProblem& problem, const Groups& groups, std::int64_t task) {
   thread_local std::vector<std::int64_t> present;
   const Shape& shape = problem.shape;
-  const std::int64_t groups = num_groups(shape), group_pairs = groups * (groups + 1) / 2;
-  std::int64_t second = task % group_pairs, first = 0;
-  const std::int64_t segment = task / group_pairs % problem.segments;
-  const std::int64_t batch = task / group_pairs / problem.segments;
-  for (; second >= groups - first; ++first) second -= groups - first;
+  std::int64_t second = task % groups.pairs(), first = 0;
+  const std::int64_t segment = task / groups.pairs() % problem.segments;
+  const std::int64_t batch = task / groups.pairs() / problem.segments;
+  for (; second >= groups.count - first; ++first) second -= groups.count - first;
   second += first;
 
   present.clear();
@@ -50,14 +70,15 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
     if (is_present(problem.where, shape, batch, client)) present.push_back(client);
   }
   const auto num_present = static_cast<std::int64_t>(present.size());
-  const std::int64_t* const a_clients = present.data() + first * kGroupClients;
-  const std::int64_t* const b_clients = present.data() + second * kGroupClients;
-  const std::int64_t a_count = std::min(kGroupClients, num_present - first * kGroupClients);
-  const std::int64_t b_count = std::min(kGroupClients, num_present - second * kGroupClients);
+  const std::int64_t* const a_clients = present.data() + first * groups.clients;
+  const std::int64_t* const b_clients = present.data() + second * groups.clients;
+  const std::int64_t a_count = std::min(groups.clients, num_present - first * groups.clients);
+  const std::int64_t b_count = std::min(groups.clients, num_present - second * groups.clients);
   if (b_count <= 0) return;
 
   thread_local std::vector<PairSums> sums;
-  sums.assign(kGroupTiles * kGroupTiles, PairSums());
+  const std::int64_t a_tiles = quotient_up(a_count, kPairRows), b_tiles = quotient_up(b_count, kPairRows);
+  sums.assign(a_tiles * b_tiles, PairSums());
   const std::int64_t num_blocks = problem.first_block.back();
   const std::int64_t past = (segment + 1) * num_blocks / problem.segments;
   for (std::int64_t block = segment * num_blocks / problem.segments; block < past; ++block) {
@@ -75,12 +96,12 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
         b_factors.point_at(problem.others[leaf], shape, batch, leaf, column, b_clients, b_count);
       }
       const std::int64_t columns = std::min(kPairColumns, end - column);
-      for (std::int64_t i = 0; i * kPairRows < a_count; ++i) {
-        for (std::int64_t j = first == second ? i : 0; j * kPairRows < b_count; ++j) {
+      for (std::int64_t i = 0; i < a_tiles; ++i) {
+        for (std::int64_t j = first == second ? i : 0; j < b_tiles; ++j) {
           kernels.difference_products(a.rows + i * kPairRows, b.rows + j * kPairRows,
                                       problem.squares ? nullptr : a_factors.rows + i * kPairRows,
                                       problem.squares ? nullptr : b_factors.rows + j * kPairRows, columns,
-                                      &sums[i * kGroupTiles + j]);
+                                      &sums[i * b_tiles + j]);
         }
       }
     }
@@ -89,7 +110,7 @@ void sum_pairs(const PairsProblem& problem, std::int64_t task) {
   double* const partials = problem.partials + (batch * problem.segments + segment) * shape.clients * shape.clients;
   for (std::int64_t i = 0; i < a_count; ++i) {
     for (std::int64_t j = first == second ? i : 0; j < b_count; ++j) {
-      const PairSums& tile = sums[i / kPairRows * kGroupTiles + j / kPairRows];
+      const PairSums& tile = sums[i / kPairRows * b_tiles + j / kPairRows];
       double sum = 0;
       for (double lane : tile.lanes[i % kPairRows][j % kPairRows]) sum += lane;
       partials[a_clients[i] * shape.clients + b_clients[j]] = sum;
@@ -212,12 +233,12 @@ void finish_distances(const StepProblem& problem) {
 }  // namespace
 
 Work cut(std::shared_ptr<const PairsProblem> problem) {
-  const std::int64_t groups = num_groups(problem->shape);
+  const Groups groups(*problem);
   Work work;
-  work.tasks = problem->shape.batch.count * problem->segments * (groups * (groups + 1) / 2);
+  work.tasks = problem->shape.batch.count * problem->segments * groups.pairs();
   // Of every client as many differences as there are others; eight of them cost what a byte does.
   work.cost = stacked_bytes(problem->shape, problem->updates) * (1 + problem->shape.clients / 8);
-  work.run = [problem](std::int64_t task) { sum_pairs(*problem, task); };
+  work.run = [problem, groups](std::int64_t task) { sum_pairs(*problem, groups, task); };
   work.finish = [problem] {
     with_accumulator(problem->pairs.type, [&](auto zero) { finish_pairs<decltype(zero)>(*problem); });
   };
