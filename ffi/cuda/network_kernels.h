@@ -59,32 +59,15 @@ struct HalfPair {
 
   std::uint32_t both;
 
-  // As above where words are aligned; where they are not, a few rows at a time: a word takes two loads and registers.
+  // As above where words are aligned. Where they are not, a word is put together before the next one is asked for.
   template <typename Value, int kInputs, typename Has>
   static FEDFUSE_DEVICE void load(const Bits* row, std::int64_t stride, std::int64_t columns, Has has,
                                   Value (&inputs)[kInputs]) {
-    constexpr int kRowsInFlight = 8;
-    if (columns > 1 && stride % kColumns == 0 && is_aligned(row, kColumns * sizeof(Bits))) {
+    const bool aligned = is_aligned(row, kColumns * sizeof(Bits)) && stride % kColumns == 0;
 #pragma unroll
-      for (int i = 0; i < kInputs; ++i) {
-        if (has(i)) inputs[i].both = *reinterpret_cast<const std::uint32_t*>(row);
-        row = next_row(row, stride);
-      }
-      return;
-    }
-#pragma unroll
-    for (int begin = 0; begin < kInputs; begin += kRowsInFlight) {
-      std::uint32_t second[kRowsInFlight] = {};
-#pragma unroll
-      for (int i = begin; i < kInputs && i < begin + kRowsInFlight; ++i) {
-        if (has(i)) {
-          inputs[i].both = static_cast<std::uint16_t>(row[0]);
-          if (columns > 1) second[i - begin] = static_cast<std::uint16_t>(row[1]);
-        }
-        row = next_row(row, stride);
-      }
-#pragma unroll
-      for (int i = begin; i < kInputs && i < begin + kRowsInFlight; ++i) inputs[i].both |= second[i - begin] << 16;
+    for (int i = 0; i < kInputs; ++i) {
+      if (has(i)) inputs[i].both = load_halves(row, aligned, columns);
+      row = next_row(row, stride);
     }
   }
 
