@@ -15,7 +15,7 @@ from operations import numbers
 
 import fedfuse_jax as ff
 
-N_CLIENTS = (1, 2, 3, 5, 8, 10, 31, 32, 33, 64, 96, 100, 128, 129, 192, 193, 200, 1000)
+N_CLIENTS = (1, 2, 3, 5, 8, 10, 31, 32, 33, 64, 96, 100, 128, 129, 160, 161, 192, 193, 200, 1000)
 SIZE = 70  # a whole vector of any kind and a rest of one
 
 

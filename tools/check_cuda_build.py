@@ -55,8 +55,8 @@ MULTIPROCESSORS = {
 MAY_SPILL: tuple[tuple[str, str], ...] = ()
 MAY_BE_FEW = (
     (
-        r"network (float32|bfloat16|float16) \w+<(80|96|112|128)>",
-        "a thread holds a whole column in registers: its 80 to 128 loads in flight hide what other warps would",
+        r"network (float32|bfloat16|float16) \w+<(80|96|112|128|160|192)>",
+        "a thread holds a whole column in registers: its 80 to 192 loads in flight hide what other warps would",
     ),
     (
         r"network (bfloat16|float16) Sort<(48|64)>",

@@ -43,8 +43,8 @@ SHAPES = (("kernel", (2501,)), ("bias", (3,)), ("empty", (0,)))
 # More leaves than go into the small tables of some kernels (kFewLeaves in ffi/cuda/launch.h).
 MANY_SHAPES = tuple((f"leaf {i}", (1 + i % 3,)) for i in range(40))
 # The numbers of clients for which selection networks are compiled, for one type or another, and more than fit those.
-NETWORK_SIZES = (4, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80, 96, 112, 128)
-MANY_CLIENTS = (129, 300, 700, 1500)
+NETWORK_SIZES = (4, 8, 10, 12, 16, 20, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192)
+MANY_CLIENTS = (193, 300, 700, 1500)
 
 
 class Call(NamedTuple):
@@ -65,7 +65,7 @@ def kernel_calls(dtype: str) -> Iterator[Call]:
         for function in (ff.coordinate_median, ff.trimmed_mean):
             yield Call(function, (updates,))
         yield Call(lambda updates, where: ff.trimmed_mean(updates, where=where), (updates, where))
-        if clients in (*NETWORK_SIZES[:2], *MANY_CLIENTS):
+        if clients in (*NETWORK_SIZES[:2], *NETWORK_SIZES[-2:], *MANY_CLIENTS):
             yield Call(lambda updates: jax.grad(lambda u: ff.trimmed_mean(u).sum())(updates), (updates,))
             yield Call(lambda updates: jax.jvp(ff.coordinate_median, (updates,), (updates,)), (updates,))
             yield Call(lambda updates: ff.mean_around_median(updates, num_byzantine=1), (updates,))

@@ -13,8 +13,8 @@
 
 namespace fedfuse {
 
-// Columns of a tile, wherever a leaf has enough. Their accumulators stay in the second-level cache while the rows go by;
-// shorter pieces of rows cost more, since every piece begins with pages whose addresses have to be found and lines
+// Columns of a tile, wherever a leaf has enough. Their accumulators stay in the second-level cache while the rows go
+// by; shorter pieces of rows cost more, since every piece begins with pages whose addresses have to be found and lines
 // nobody has fetched. Two short pieces cost more than one that is longer by half.
 inline constexpr std::int64_t kWantedColumns = 16384;
 inline constexpr std::int64_t kMostColumns = kWantedColumns * 3 / 2;

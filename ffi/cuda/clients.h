@@ -1,4 +1,4 @@
-// Which clients take part, found by a block for as many clients as it has threads.
+// Which clients take part, found by a block.
 #ifndef FEDFUSE_CUDA_CLIENTS_H_
 #define FEDFUSE_CUDA_CLIENTS_H_
 
@@ -23,12 +23,12 @@ FEDFUSE_DEVICE const bool* where_of(const View& where, const Batch& batch, std::
   return where.type == Type::kBool ? reinterpret_cast<const bool*>(where.at(batch, index)) : nullptr;
 }
 
-// In shared memory: a bit for each of kThreads clients.
-template <int kThreads>
+// In shared memory: a bit for each of kClients clients, and for what there is room beyond them.
+template <int kClients>
 struct PresentClients {
-  static constexpr int kWords = kThreads / 32;
+  static constexpr int kWords = (kClients + 31) / 32;
 
-  std::uint8_t flags[kThreads];
+  std::uint8_t flags[32 * kWords];
   std::uint32_t words[kWords];
 
   FEDFUSE_DEVICE bool has(int client) const { return (words[client / 32] >> (client % 32) & 1u) != 0; }
@@ -47,11 +47,10 @@ struct PresentClients {
     find_if([=](std::int64_t client) { return where == nullptr || where[client]; }, first, clients, team);
   }
 
-  template <typename Predicate, typename Threads>
-  FEDFUSE_DEVICE void find_if(Predicate counts, std::int64_t first, std::int64_t clients, Threads& team) {
+  template <typename Predicate, int kThreads, typename State>
+  FEDFUSE_DEVICE void find_if(Predicate counts, std::int64_t first, std::int64_t clients, Team<kThreads, State>& team) {
     team.each([&](int thread, auto&) {
-      const std::int64_t client = first + thread;
-      flags[thread] = client < clients && counts(client);
+      for (int i = thread; i < 32 * kWords; i += kThreads) flags[i] = first + i < clients && counts(first + i);
     });
     team.each([&](int thread, auto&) {
       if (thread >= kWords) return;

@@ -167,8 +167,10 @@ FEDFUSE_DEVICE std::uint32_t load_halves(const std::int16_t* from, bool aligned,
 template <typename Bits>
 FEDFUSE_DEVICE const Bits* next_row(const Bits* row, std::int64_t stride) {
 #if defined(__CUDACC__)
-  asm("add.s64 %0, %0, %1;" : "+l"(row) : "l"(stride * static_cast<std::int64_t>(sizeof(Bits))));
-  return row;
+  // What is in global memory remains known to be there.
+  std::size_t address = __cvta_generic_to_global(row);
+  asm("add.s64 %0, %0, %1;" : "+l"(address) : "l"(stride * static_cast<std::int64_t>(sizeof(Bits))));
+  return static_cast<const Bits*>(__cvta_global_to_generic(address));
 #else
   // An address that is not read may lie anywhere.
   return reinterpret_cast<const Bits*>(reinterpret_cast<std::uintptr_t>(row) + stride * sizeof(Bits));

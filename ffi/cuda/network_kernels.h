@@ -12,22 +12,32 @@ namespace cuda {
 
 // ---- What a network compares ----------------------------------------------------------------------------------------
 
-// Adjacent columns of one client.
+// Adjacent columns of one client, as they are in memory, and then ordered() as a network compares them.
 template <Type type>
 struct Lanes {  // of 32 and 64 bits
   using Bits = typename Element<type>::Bits;
   static constexpr int kColumns = 1;
 
-  Bits key;
+  Bits key;  // the bits, until they are ordered
 
-  static FEDFUSE_DEVICE Lanes load(const Bits* from, bool, std::int64_t) {
-    constexpr Bits kGreatest = Keys<type>::kGreatest;
-    const Bits key = flip_negative<8 * sizeof(Bits), Bits>(*from, kGreatest);
-    return {raise_negative_nans<Bits>(key, Keys<type>::kNegativeInfinity, kGreatest)};
+  // The inputs that are there, each a row; all loads are on their way before the first is waited for.
+  template <int kInputs, typename Has>
+  static FEDFUSE_DEVICE void load(const Bits* row, std::int64_t stride, std::int64_t, Has has,
+                                  Lanes (&inputs)[kInputs]) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      if (has(i)) inputs[i].key = *row;
+      row = next_row(row, stride);
+    }
   }
-  static FEDFUSE_DEVICE Lanes least() { return {Keys<type>::kNegativeInfinity}; }
-  static FEDFUSE_DEVICE Lanes greatest() { return {Keys<type>::kGreatest}; }
+  static FEDFUSE_DEVICE Lanes least() { return {bits_from_key<type>(Keys<type>::kNegativeInfinity)}; }
+  static FEDFUSE_DEVICE Lanes greatest() { return {bits_from_key<type>(Keys<type>::kGreatest)}; }
 
+  FEDFUSE_DEVICE Lanes ordered() const {
+    constexpr Bits kGreatest = Keys<type>::kGreatest;
+    const Bits flipped = flip_negative<8 * sizeof(Bits), Bits>(key, kGreatest);
+    return {raise_negative_nans<Bits>(flipped, Keys<type>::kNegativeInfinity, kGreatest)};
+  }
   FEDFUSE_DEVICE Bits bits(int) const { return bits_from_key<type>(key); }
 };
 
@@ -49,6 +59,18 @@ struct HalfPair {
 
   std::uint32_t both;
 
+  // As above where words are aligned. Where they are not, a word is put together before the next one is asked for.
+  template <typename Value, int kInputs, typename Has>
+  static FEDFUSE_DEVICE void load(const Bits* row, std::int64_t stride, std::int64_t columns, Has has,
+                                  Value (&inputs)[kInputs]) {
+    const bool aligned = is_aligned(row, kColumns * sizeof(Bits)) && stride % kColumns == 0;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      if (has(i)) inputs[i].both = load_halves(row, aligned, columns);
+      row = next_row(row, stride);
+    }
+  }
+
   FEDFUSE_DEVICE Bits bits(int column) const { return static_cast<Bits>(both >> (16 * column)); }
 };
 
@@ -59,14 +81,12 @@ struct HalfLanes : HalfPair {
     lanes.both = both;
     return lanes;
   }
-  static FEDFUSE_DEVICE HalfLanes load(const Bits* from, bool aligned, std::int64_t columns) {
-    return of(load_halves(from, aligned, columns));
-  }
   static FEDFUSE_DEVICE HalfLanes of_key(Bits key) {
     return of(0x00010001u * static_cast<std::uint16_t>(bits_from_key<type>(key)));
   }
   static FEDFUSE_DEVICE HalfLanes least() { return of_key(Keys<type>::kNegativeInfinity); }
   static FEDFUSE_DEVICE HalfLanes greatest() { return of_key(Keys<type>::kGreatest); }
+  FEDFUSE_DEVICE HalfLanes ordered() const { return *this; }
 };
 
 template <>
@@ -150,22 +170,22 @@ struct NetworkBody {
   static constexpr int kOutputs = Network::kOutputs;
   static constexpr int kBlocks = network_blocks(kSorts, kInputs* static_cast<int>(sizeof(Value) / 4), kColumns);
 
+  using Present = PresentClients<kInputs>;
   struct Shared {
-    PresentClients<kThreads> present;
+    Present present;
   };
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
     const Tile tile = locate(p, task, kTileColumns);
-    const bool* const where = kSorts ? where_of(p.options.where, p.batch, tile.batch) : nullptr;
     Team<kThreads> team;
-    if (where != nullptr) shared.present.find(where, 0, p.clients, team);
+    if (kSorts) shared.present.find(where_of(p.options.where, p.batch, tile.batch), 0, p.clients, team);
     team.each([&](int thread, Nothing&) {
       if (thread * kColumns >= tile.columns) return;
       Value outputs[kOutputs];
-      find_ranks(p, columns_of(tile, thread), where == nullptr ? nullptr : &shared.present, outputs);
+      find_ranks(p, columns_of(tile, thread), shared.present, outputs);
       // While the network ran, its values had the registers. What else was in them is found out once more.
       const Tile again = locate(p, forgotten(task), kTileColumns);
-      use_ranks(p, columns_of(again, thread), where == nullptr ? nullptr : &shared.present, outputs);
+      use_ranks(p, columns_of(again, thread), shared.present, outputs);
     });
   }
 
@@ -185,32 +205,31 @@ struct NetworkBody {
     return kSorts ? 0 : (kInputs - static_cast<int>(p.clients)) / 2;
   }
 
-  static FEDFUSE_DEVICE void find_ranks(const Parameters& p, const Tile& tile, const PresentClients<kThreads>* present,
+  static FEDFUSE_DEVICE void find_ranks(const Parameters& p, const Tile& tile, const Present& present,
                                         Value (&outputs)[kOutputs]) {
     const std::int64_t stride = p.leaves[tile.leaf].coordinates;
-    const Bits* row = updates_of(p, tile);
-    const int clients = static_cast<int>(p.clients);
     const int low_pads = low_pads_of(p);
-    const bool aligned = is_aligned(row, kColumns * sizeof(Bits)) && stride % kColumns == 0;
-
-    // All loads are on their way before the first comparison.
+    const int past = low_pads + static_cast<int>(p.clients);
+    // There is a client: low pads stay in the lower half, high pads in the upper one.
+    const auto is_lower_half = [](int input) { return !kSorts && 2 * input < kInputs; };
+    const auto has = [&](int input) {
+      return kSorts ? present.has(input) : is_lower_half(input) ? input >= low_pads : input < past;
+    };
     Value values[kInputs];
 #pragma unroll
     for (int input = 0; input < kInputs; ++input) {
-      const int client = input - low_pads;
-      values[input] = !kSorts && client < 0 ? Value::least() : Value::greatest();
-      if (client >= 0 && client < clients && (present == nullptr || present->has(client))) {
-        values[input] = Value::load(row, aligned, tile.columns);
-      }
-      if (kSorts || client >= 0) row = next_row(row, stride);
+      values[input] = is_lower_half(input) ? Value::least() : Value::greatest();
     }
+    Value::load(next_row(updates_of(p, tile), -low_pads * stride), stride, tile.columns, has, values);
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) values[input] = values[input].ordered();
     Network::template run<Value>([&](int input) { return values[input]; },
                                  [&](int output, Value value) { outputs[output] = value; });
   }
 
-  static FEDFUSE_DEVICE void use_ranks(const Parameters& p, const Tile& tile, const PresentClients<kThreads>* present,
+  static FEDFUSE_DEVICE void use_ranks(const Parameters& p, const Tile& tile, const Present& present,
                                        const Value (&outputs)[kOutputs]) {
-    const int num_present = present == nullptr ? static_cast<int>(p.clients) : present->count_before(kThreads);
+    const int num_present = kSorts ? present.count_before(kInputs) : static_cast<int>(p.clients);
     const Kept kept = kept_of(num_present, trim_of(p.options, p.batch, tile.batch));
     const int first = kept.first + low_pads_of(p) - Network::kFirstRank;
     const int last = first + kept.count - 1;
@@ -221,8 +240,8 @@ struct NetworkBody {
   }
 
   static FEDFUSE_DEVICE void consume_all(const Parameters& p, const Tile& tile, const Kept& kept,
-                                         const PresentClients<kThreads>* present, const Value (&outputs)[kOutputs],
-                                         int first, int last) {
+                                         const Present& present, const Value (&outputs)[kOutputs], int first,
+                                         int last) {
     // One column after the other: what they need together would not fit into the registers.
 #pragma unroll 1
     for (int i = 0; i < kColumns && i < tile.columns; ++i) {
@@ -253,7 +272,7 @@ struct NetworkBody {
 
   // Goes over one column's clients once more, whose updates are still in a cache, now that it is known who is kept.
   static FEDFUSE_DEVICE void consume(const Parameters& p, const Tile& tile, const Kept& kept, int i,
-                                     Bounds<Bits> bounds, const PresentClients<kThreads>* present) {
+                                     Bounds<Bits> bounds, const Present& present) {
     const Bits* const updates = updates_of(p, tile) + i;
     const std::int64_t stride = p.leaves[tile.leaf].coordinates;
     const bool spreads = p.options.wanted == Wanted::kSpread;
@@ -264,7 +283,7 @@ struct NetworkBody {
     Consumer<type> consumer(p.options, kept, given, tile.begin + i);
 #pragma unroll 2
     for (int client = 0; client < static_cast<int>(p.clients); ++client) {
-      const bool is_present = kept.count > 0 && (present == nullptr || present->has(client));
+      const bool is_present = kept.count > 0 && present.has(client);
       const bool is_kept = is_present && bounds.keeps(canonical_key<type>(updates[client * stride]));
       consumer.take(is_kept, values + client * stride, spread + client * stride);
     }
@@ -276,6 +295,37 @@ struct NetworkBody {
 };
 
 // ---- Which kernel ---------------------------------------------------------------------------------------------------
+
+// The sizes that are compiled, by type and family, ascending; more clients than the largest go to the bit planes. Each
+// costs compile time on every target, and none may spill one of the 255 registers that a thread has at most.
+template <Type type>
+struct CompiledNetworks;
+
+template <>
+struct CompiledNetworks<Type::kFloat32> {
+  using Sort = NetworkSizes<4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192>;
+  using Median = NetworkSizes<8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192>;
+  using TrimmedMean = NetworkSizes<10, 16, 20, 32, 48, 64, 80, 96, 112, 128, 160, 192>;
+};
+
+// Values take two registers each and a comparison six instructions: few networks.
+template <>
+struct CompiledNetworks<Type::kFloat64> {
+  using Sort = NetworkSizes<4, 8, 16, 24, 32, 48, 64, 96>;
+  using Median = NetworkSizes<64, 96>;
+  using TrimmedMean = NetworkSizes<64, 96>;
+};
+
+// A sort of 192 would spill: what is made of two columns of ranks takes more registers than of one.
+struct HalfNetworks {
+  using Sort = NetworkSizes<4, 8, 16, 32, 48, 64, 96, 128, 160>;
+  using Median = NetworkSizes<8, 16, 32, 64, 96, 128, 160, 192>;
+  using TrimmedMean = NetworkSizes<10, 16, 20, 32, 64, 96, 128, 160, 192>;
+};
+template <>
+struct CompiledNetworks<Type::kBFloat16> : HalfNetworks {};
+template <>
+struct CompiledNetworks<Type::kFloat16> : HalfNetworks {};
 
 template <Type type, typename Network, bool kSorts>
 OrderKernel make_network_kernel() {
@@ -302,16 +352,17 @@ OrderKernel trimmed_with_room(NetworkSizes<kSizes...>, NetworkSizes<kAllSizes...
   return found;
 }
 
-// Out of the networks that are compiled for a type: each of them costs compile time on every target.
-template <Type type, typename Sort, typename Median, typename TrimmedMean>
-OrderKernel choose_network_kernel(std::int64_t clients, std::int64_t trim) {
+template <Type type>
+OrderKernel network_kernel(std::int64_t clients, std::int64_t trim) {
+  using Compiled = CompiledNetworks<type>;
   OrderKernel kernel;
   if (trim >= 0 && 2 * trim < clients && clients - 2 * trim <= 2) {
-    kernel = first_with_room<type, MedianNetwork, false>(Median(), clients);
+    kernel = first_with_room<type, MedianNetwork, false>(typename Compiled::Median(), clients);
   } else if (clients >= kFewestTrimmed && trim == static_cast<std::int64_t>(kTrimFraction * clients)) {
-    kernel = trimmed_with_room<type>(TrimmedMean(), TrimmedMeanNetworkSizes(), clients);
+    kernel = trimmed_with_room<type>(typename Compiled::TrimmedMean(), TrimmedMeanNetworkSizes(), clients);
   }
-  return kernel.launch != nullptr ? kernel : first_with_room<type, SortNetwork, true>(Sort(), clients);
+  if (kernel.launch != nullptr) return kernel;
+  return first_with_room<type, SortNetwork, true>(typename Compiled::Sort(), clients);
 }
 
 }  // namespace cuda

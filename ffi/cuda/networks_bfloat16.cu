@@ -3,13 +3,7 @@
 namespace fedfuse {
 namespace cuda {
 
-template <>
-OrderKernel network_kernel<Type::kBFloat16>(std::int64_t clients, std::int64_t trim) {
-  using Sort = NetworkSizes<4, 8, 16, 32, 48, 64, 96, 128>;
-  using Median = NetworkSizes<8, 16, 32, 64, 96, 128>;
-  using TrimmedMean = NetworkSizes<10, 16, 20, 32, 64, 96, 128>;
-  return choose_network_kernel<Type::kBFloat16, Sort, Median, TrimmedMean>(clients, trim);
-}
+template OrderKernel network_kernel<Type::kBFloat16>(std::int64_t clients, std::int64_t trim);
 
 }  // namespace cuda
 }  // namespace fedfuse

@@ -16,13 +16,15 @@ networks by the 0-1 principle.
 import argparse
 import dataclasses
 import enum
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 
-# Sizes for which networks exist; n values take the smallest network with room for them, filled up with pads.
-MEDIAN_SIZES = (*range(2, 33, 2), 36, 40, 48, 56, 64, 80, 96, 112, 128)
-TRIMMED_MEAN_SIZES = (*range(5, 33), 36, 40, 48, 56, 64, 80, 96, 112, 128)
-SORT_SIZES = (2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128)
+# Sizes for which networks exist; n values take the smallest network with room for them, filled up with pads. Those
+# beyond 128 are for CUDA threads, which have more registers than a CPU.
+MEDIAN_SIZES = (*range(2, 33, 2), 36, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192)
+TRIMMED_MEAN_SIZES = (*range(5, 33), 36, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192)
+SORT_SIZES = (2, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 TRIM_FRACTION = 0.2
 
 
@@ -106,13 +108,19 @@ def pairwise_sort(wires: list[int]) -> list[tuple[int, int]]:
     return pairs + pairwise_sort(smaller) + pairwise_sort(larger) + [merge[index] for index in order]
 
 
+@functools.cache
+def power_of_two_comparators(power: int) -> tuple[tuple[int, int], ...]:
+    """The pairwise sorting network on so many wires."""
+    return tuple(pairwise_sort(list(range(power))))
+
+
 def sorting_comparators(size: int, offset: int) -> list[tuple[int, int]]:
     """A sorting network for any size: `offset` wires below and the rest above hold extreme values in their places."""
     power = 1 << (size - 1).bit_length()
     inside = range(offset, offset + size)
     return [
         (low - offset, high - offset)
-        for low, high in pairwise_sort(list(range(power)))
+        for low, high in power_of_two_comparators(power)
         if low in inside and high in inside
     ]
 

@@ -181,7 +181,7 @@ void check_order(const OrderCase& c, int pattern) {
 void check_order_statistics(Type type, bool brief) {
   int pattern = 0;
   // Every network, full and with pads; the default trim, the median, and others.
-  for (std::int64_t clients = 1; clients <= 132; clients += clients < 34 ? 1 : brief ? 9 : 3) {
+  for (std::int64_t clients = 1; clients <= 195; clients += clients < 34 ? 1 : brief ? 9 : 3) {
     for (const std::int64_t trim : {clients / 5, (clients - 1) / 2, std::int64_t{0}, clients / 3, clients}) {
       for (int i = 0; i < (clients < 34 ? 3 : 1); ++i) check_order({type, clients, {7, 3}, trim}, pattern++);
     }
@@ -189,14 +189,15 @@ void check_order_statistics(Type type, bool brief) {
     check_order({type, clients, {5, 2}, clients / 5, false, true}, pattern++);
     check_order({type, clients, {5, 2}, (clients - 1) / 4, true, true}, pattern++);
   }
-  // More clients than networks have room for.
-  for (const std::int64_t clients : {129, 200, 1000, 5000}) {
+  // As many as the largest networks have room for, and one more; more than any has.
+  for (const std::int64_t clients : {128, 129, 160, 161, 192, 193, 1000, 5000}) {
     for (const std::int64_t trim : {clients / 5, (clients - 1) / 2, std::int64_t{0}}) {
       for (int i = 0; i < 6; ++i) check_order({type, clients, {i == 0 ? 19 : 2}, trim}, pattern++);
       if (brief && clients == 5000) break;
     }
-    check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
-    check_order({type, clients, {3}, clients / 5, true, true}, pattern++);
+    for (int i = 0; i < (clients < 1000 ? 6 : 2); ++i) {
+      check_order({type, clients, {i % 2 == 0 ? 3 : 4}, clients / 5, i < 4, i != 2}, pattern++);
+    }
   }
   // As many as bit planes have room for, and one more; a tile of columns, and one more or less.
   for (const std::int64_t clients : {256, 257, 512, 513, 1024, 1025}) {
@@ -213,7 +214,7 @@ void check_order_statistics(Type type, bool brief) {
     }
   }
   // Tiles, batches, many leaves, other results.
-  for (const std::int64_t clients : {3, 10, 150}) {
+  for (const std::int64_t clients : {3, 10, 150, 192, 200}) {
     check_order({type, clients, {300}, clients / 5}, 0);
     check_order({type, clients, {257}, clients / 5, true, true}, 1);
     check_order({type, clients, {129, 0, 4}, clients / 5, true, true, {3}}, pattern++);
