@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -22,17 +21,13 @@ constexpr std::int64_t kMostGroupClients = 128;
 constexpr std::int64_t kFewestGroupClients = 32;
 constexpr std::int64_t kPairColumns = 1024;
 
-std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // The clients in groups as like in size as can be. Every group meets every other one, and reads it anew: large groups,
 // but small ones where there would not be tasks enough to keep the threads busy.
 struct Groups {
   explicit Groups(const PairsProblem& problem) {
-    static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
     const std::int64_t pieces = problem.shape.batch.count * problem.segments, all = problem.shape.clients;
     count = std::max<std::int64_t>(1, quotient_up(all, kMostGroupClients));
-    while (pieces * pairs() < kTilesPerThread * threads && quotient_up(all, 2 * count) >= kFewestGroupClients)
-      count *= 2;
+    while (pieces * pairs() < tasks_wanted() && quotient_up(all, 2 * count) >= kFewestGroupClients) count *= 2;
     clients = quotient_up(std::max<std::int64_t>(1, quotient_up(all, count)), kPairRows) * kPairRows;
   }
 

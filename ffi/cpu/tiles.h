@@ -23,6 +23,14 @@ inline constexpr std::int64_t kMostColumns = kWantedColumns * 3 / 2;
 inline constexpr std::int64_t kTilesPerThread = 8;
 inline constexpr std::int64_t kFewestColumns = 1024;
 
+inline std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Tasks that keep the threads of this machine busy.
+inline std::int64_t tasks_wanted() {
+  static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
+  return threads * kTilesPerThread;
+}
+
 // A chunk of the coordinates of one leaf, in one element of the batch.
 struct Tile {
   std::int64_t batch;
@@ -39,10 +47,9 @@ class Tiles {
 
   // Pieces of a leaf as like in size as can be, and of a size that keeps the threads busy.
   static Tiles balanced(const Shape& shape) {
-    static const std::int64_t threads = std::max(1u, std::thread::hardware_concurrency());
     std::int64_t all = 0;
     for (std::int64_t coordinates : shape.coordinates) all += shape.batch.count * coordinates;
-    const std::int64_t wanted = std::clamp(all / (threads * kTilesPerThread), kFewestColumns, kWantedColumns);
+    const std::int64_t wanted = std::clamp(all / tasks_wanted(), kFewestColumns, kWantedColumns);
     std::vector<std::int64_t> columns;
     for (std::int64_t coordinates : shape.coordinates) {
       const std::int64_t pieces = std::max<std::int64_t>(1, (coordinates + wanted / 2) / wanted);  // rounded
@@ -67,8 +74,6 @@ class Tiles {
   // Whole vectors, and whole tiles of the kernels, whatever the type.
   static constexpr std::int64_t kGrain = 256;
   static_assert(kMostColumns % kGrain == 0, "rounding up does not pass it");
-
-  static std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
   Tiles(const Shape& shape, std::vector<std::int64_t> columns)
       : coordinates_(shape.coordinates), columns_(std::move(columns)) {

@@ -31,12 +31,16 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE Float rounded_product(Float a, Float b) {
 #endif
 }
 
-// The polynomial with these coefficients, that of the highest power first.
+// The polynomial with these coefficients, that of the highest power first. (A number less Float{} is that number in
+// every lane.)
 template <typename Lanes, int kSize>
 FEDFUSE_HOST_DEVICE FEDFUSE_INLINE typename Lanes::Float polynomial(typename Lanes::Float x,
                                                                     const float (&coefficients)[kSize]) {
   using Float = typename Lanes::Float;
   Float sum = coefficients[0] - Float{};
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
   for (int i = 1; i < kSize; ++i) sum = Lanes::multiply_add(sum, x, coefficients[i] - Float{});
   return sum;
 }
