@@ -149,7 +149,7 @@ inline Lanes<Type::kFloat16> maximum(Lanes<Type::kFloat16> a, Lanes<Type::kFloat
 // seen to need besides. Left to itself a compiler spills a few to fit in a block more, or takes all there are.
 constexpr int network_blocks(bool sorts, int words, int columns) {
   constexpr int kRegistersOfThread = 65536 / 128;
-  const int most = sorts ? 6 : 8;
+  const int most = sorts ? 6 : columns > 1 ? 7 : 8;
   const int blocks = kRegistersOfThread / (words + (!sorts ? 32 : columns > 1 ? 72 : 46));
   return blocks < most ? blocks : most;
 }
@@ -316,9 +316,9 @@ struct CompiledNetworks<Type::kFloat64> {
   using TrimmedMean = NetworkSizes<64, 96>;
 };
 
-// A sort of 192 would spill: what is made of two columns of ranks takes more registers than of one.
+// A sort of 160 would spill: what is made of two columns of ranks takes more registers than of one.
 struct HalfNetworks {
-  using Sort = NetworkSizes<4, 8, 16, 32, 48, 64, 96, 128, 160>;
+  using Sort = NetworkSizes<4, 8, 16, 32, 48, 64, 96, 128>;
   using Median = NetworkSizes<8, 16, 32, 64, 96, 128, 160, 192>;
   using TrimmedMean = NetworkSizes<10, 16, 20, 32, 64, 96, 128, 160, 192>;
 };
