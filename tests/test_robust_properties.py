@@ -254,6 +254,15 @@ def test_nothing_cancels(offset):
     assert not np.diagonal(got).any()
 
 
+@pytest.mark.parametrize("n_clients", [63, 64, 65, 127, 129, 261])
+def test_every_group_of_clients_meets_every_other(n_clients):
+    """The kernel cuts many clients into groups, of those that take part."""
+    x, where = samples(n_clients, 50), np.random.default_rng(0).random(n_clients) < 0.8
+    np.testing.assert_allclose(ff.pairwise_squared_distances(jnp.asarray(x)), distances_of(x), rtol=1e-5)
+    got = np.asarray(ff.pairwise_squared_distances(jnp.asarray(x), where=where))
+    np.testing.assert_allclose(got[where][:, where], distances_of(x[where]), rtol=1e-5)
+
+
 def test_who_is_not_finite_or_absent_is_far_from_everyone():
     x = samples(5)
     x[1, 2], x[3, 0], x[4] = np.nan, -np.inf, np.inf

@@ -405,6 +405,8 @@ MUTANTS = (
     Mutant(BYZANTINE, "ffi/cpu/distances.cc", "segment < problem.segments; ++segment) {\n          sum",
            "segment < 1; ++segment) {\n          sum", "the first segment alone",
            battery("run_after_run", "distances")),
+    Mutant(BYZANTINE, "ffi/cpu/distances.cc", "  second += first;\n", "", "groups of clients meet the wrong ones",
+           ("tests/test_robust_properties.py", "-k", "every_group")),
     Mutant(BYZANTINE, LINEAR_KERNEL, "if (column < end) {\n        add(end - column);", "if (column < end) {",
            "the last columns are dropped", battery("odd_sizes", "distances")),
     # --- Adapters -----------------------------------------------------------------------------------------------

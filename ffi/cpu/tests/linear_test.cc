@@ -13,6 +13,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
+#include "cpu/tiles.h"
 #include "math/half.h"
 #include "math/rounding.h"
 
@@ -238,12 +239,30 @@ void test_conversions() {
   expect(rounded == 0x7c00, "a double beyond float16 becomes infinity");
 }
 
+// Scratch memory is made for kMostColumns: no tile has more, and together they are the leaf.
+void test_tiles() {
+  for (std::int64_t coordinates : {0, 1, 255, 16384, 24575, 24576, 24577, 40959, 40961, 1000001}) {
+    Shape shape;
+    shape.clients = 3;
+    shape.coordinates = {coordinates, std::int64_t{1} << 40};
+    const Tiles tiles = Tiles::balanced(shape);
+    std::int64_t end = 0;
+    for (std::int64_t i = 0; tiles[i].leaf == 0; ++i) {
+      const Tile tile = tiles[i];
+      expect(tile.begin == end && tile.columns > 0 && tile.columns <= kMostColumns, "a tile that fits");
+      end = tile.begin + tile.columns;
+    }
+    expect(end == coordinates, "tiles are the leaf");
+  }
+}
+
 }  // namespace
 }  // namespace fedfuse
 
 int main() {
   using namespace fedfuse;
   test_conversions();
+  test_tiles();
   for (const std::string& isa : supported_isas()) {
     choose_isa(isa);
     for (Type type : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
