@@ -9,18 +9,12 @@
 namespace fedfuse {
 namespace {
 
-// The weights of the clients that take part, as a leaf with this accumulator wants them.
 template <typename Accumulator, typename Problem>
-void gather_weights(const Problem& problem, std::int64_t batch, std::vector<Accumulator>* weights) {
-  const Shape& shape = problem.shape;
-  const std::byte* from = problem.weights.at(shape.batch, batch);
-  weights->clear();
-  for (std::int64_t client = 0; client < shape.clients; ++client) {
-    if (!is_present(problem.where, shape, batch, client)) continue;
-    weights->push_back(problem.weights.type == Type::kFloat64
-                           ? static_cast<Accumulator>(reinterpret_cast<const double*>(from)[client])
-                           : static_cast<Accumulator>(reinterpret_cast<const float*>(from)[client]));
-  }
+Accumulator weight_of(const Problem& problem, std::int64_t batch, std::int64_t client) {
+  const std::byte* weights = problem.weights.at(problem.shape.batch, batch);
+  return problem.weights.type == Type::kFloat64
+             ? static_cast<Accumulator>(reinterpret_cast<const double*>(weights)[client])
+             : static_cast<Accumulator>(reinterpret_cast<const float*>(weights)[client]);
 }
 
 template <typename Accumulator>
@@ -31,7 +25,11 @@ void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
   const View& updates = problem.updates[tile.leaf];
   const View& reduced = problem.reduced[tile.leaf];
   gather_rows(updates, problem.where, problem.shape, tile, &rows);
-  gather_weights(problem, tile.batch, &weights);
+  weights.clear();
+  for (std::int64_t client = 0; client < problem.shape.clients; ++client) {
+    if (!is_present(problem.where, problem.shape, tile.batch, client)) continue;
+    weights.push_back(weight_of<Accumulator>(problem, tile.batch, client));
+  }
   Accumulator total = 0;
   for (Accumulator weight : weights) total += weight;
 
@@ -48,27 +46,27 @@ void run_tile(const WeightedSumProblem& problem, const Tile& tile) {
 }
 
 template <typename Accumulator>
-void spread_tile(const WeightedSpreadProblem& problem, const Tile& tile) {
-  thread_local std::vector<void*> rows;
-  thread_local std::vector<Accumulator> weights;
+void spread_piece(const WeightedSpreadProblem& problem, const RowPiece& piece) {
   thread_local std::vector<Accumulator> widened;
+  const Shape& shape = problem.shape;
+  const Tile& tile = piece.tile;
   const View& cotangents = problem.cotangents[tile.leaf];
   const View& spread = problem.spread[tile.leaf];
   const Type accumulator = accumulator_of(spread.type);
-  const void* values = tile_data(cotangents, problem.shape, tile);
+  const void* values = tile_data(cotangents, shape, tile);
   if (cotangents.type != accumulator) {
     widened.resize(tile.columns);
     convert(cotangents.type, values, accumulator, widened.data(), tile.columns);
     values = widened.data();
   }
-  if (problem.where.present()) {
-    gather_rows(spread, View(), problem.shape, tile, &rows);
-    for (void* row : rows) std::memset(row, 0, tile.columns * bytes_of(spread.type));
-  }
-  gather_rows(spread, problem.where, problem.shape, tile, &rows);
-  gather_weights(problem, tile.batch, &weights);
-  for (std::size_t row = 0; row < rows.size(); ++row) {
-    linear_kernels(spread.type).scale(values, &weights[row], tile.columns, rows[row]);
+  for (std::int64_t client = piece.first_client; client < piece.first_client + piece.clients; ++client) {
+    std::byte* row = row_data(spread, shape, tile, client);
+    if (is_present(problem.where, shape, tile.batch, client)) {
+      const Accumulator weight = weight_of<Accumulator>(problem, tile.batch, client);
+      linear_kernels(spread.type).scale(values, &weight, tile.columns, row);
+    } else {
+      std::memset(row, 0, tile.columns * bytes_of(spread.type));
+    }
   }
 }
 
@@ -83,11 +81,11 @@ Work cut(std::shared_ptr<const WeightedSumProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const WeightedSpreadProblem> problem) {
-  return cut_tiles(Tiles::balanced(problem->shape), stacked_bytes(problem->shape, problem->spread),
-                   [problem](const Tile& tile) {
-                     with_accumulator(problem->spread[tile.leaf].type,
-                                      [&](auto zero) { spread_tile<decltype(zero)>(*problem, tile); });
-                   });
+  return cut_rows(RowPieces(problem->shape), stacked_bytes(problem->shape, problem->spread),
+                  [problem](const RowPiece& piece) {
+                    with_accumulator(problem->spread[piece.tile.leaf].type,
+                                     [&](auto zero) { spread_piece<decltype(zero)>(*problem, piece); });
+                  });
 }
 
 }  // namespace fedfuse

@@ -21,15 +21,13 @@ void accumulate_tile(const AccumulateProblem& problem, const Tile& tile) {
                   tile_data(problem.result[tile.leaf], shape, tile));
 }
 
-void stack_tile(const StackProblem& problem, const Tile& tile) {
-  const Shape& shape = problem.shape;
+void stack_piece(const StackProblem& problem, const RowPiece& piece) {
+  const Tile& tile = piece.tile;
   const View& stacked = problem.stacked[tile.leaf];
-  const std::int64_t bytes = tile.columns * bytes_of(stacked.type);
-  const std::int64_t row_bytes = shape.coordinates[tile.leaf] * bytes_of(stacked.type);
-  std::byte* row = tile_data(stacked, shape, tile);
-  for (const std::vector<View>& client : problem.clients) {
-    std::memcpy(row, tile_data(client[tile.leaf], shape, tile), bytes);
-    row += row_bytes;
+  for (std::int64_t client = piece.first_client; client < piece.first_client + piece.clients; ++client) {
+    std::memcpy(row_data(stacked, problem.shape, tile, client),
+                tile_data(problem.clients[client][tile.leaf], problem.shape, tile),
+                tile.columns * bytes_of(stacked.type));
   }
 }
 
@@ -45,8 +43,8 @@ Work cut(std::shared_ptr<const AccumulateProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const StackProblem> problem) {
-  return cut_tiles(Tiles::balanced(problem->shape), 2 * stacked_bytes(problem->shape, problem->stacked),
-                   [problem](const Tile& tile) { stack_tile(*problem, tile); });
+  return cut_rows(RowPieces(problem->shape), 2 * stacked_bytes(problem->shape, problem->stacked),
+                  [problem](const RowPiece& piece) { stack_piece(*problem, piece); });
 }
 
 }  // namespace fedfuse

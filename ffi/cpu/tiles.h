@@ -90,6 +90,52 @@ class Tiles {
   std::int64_t count_;
 };
 
+// A chunk of the coordinates of one leaf, for some neighbouring clients.
+struct RowPiece {
+  Tile tile;
+  std::int64_t first_client;
+  std::int64_t clients;
+};
+
+// Pieces of client-stacked results, for operations that need no more than one client to write a row: one after the
+// other as they lie in memory, so that a page that the system has to clear is written while the caches still have it.
+class RowPieces {
+ public:
+  explicit RowPieces(const Shape& shape) : clients_(shape.clients), stretches_(shape, kStretch) {
+    first_piece_.push_back(0);
+    for (std::int64_t stretch = 0; stretch < stretches_.count(); ++stretch) {
+      const std::int64_t columns = stretches_[stretch].columns;
+      const std::int64_t pieces = quotient_up(columns, kWantedColumns) * quotient_up(clients_, clients_of(columns));
+      first_piece_.push_back(first_piece_.back() + pieces);
+    }
+  }
+
+  std::int64_t count() const { return first_piece_.back(); }
+
+  RowPiece operator[](std::int64_t index) const {
+    const auto next_stretch = std::upper_bound(first_piece_.begin(), first_piece_.end(), index);
+    const std::int64_t stretch = next_stretch - first_piece_.begin() - 1;
+    const std::int64_t within = index - first_piece_[stretch];
+    const Tile whole = stretches_[stretch];
+    const std::int64_t pieces_of_row = quotient_up(whole.columns, kWantedColumns);
+    const std::int64_t skipped = within % pieces_of_row * kWantedColumns;
+    const std::int64_t first_client = within / pieces_of_row * clients_of(whole.columns);
+    const Tile tile{whole.batch, whole.leaf, whole.begin + skipped, std::min(kWantedColumns, whole.columns - skipped)};
+    return {tile, first_client, std::min(clients_of(whole.columns), clients_ - first_client)};
+  }
+
+ private:
+  // Of a longer row, all clients' first columns come first: what they are made from stays in the last-level cache.
+  static constexpr std::int64_t kStretch = std::int64_t{1} << 20;
+
+  // Rows of a piece: short ones are worth a task only together.
+  static std::int64_t clients_of(std::int64_t columns) { return std::max<std::int64_t>(1, kWantedColumns / columns); }
+
+  std::int64_t clients_;
+  Tiles stretches_;
+  std::vector<std::int64_t> first_piece_;  // of each stretch, and one past the last
+};
+
 // Whether a client takes part.
 inline bool is_present(const View& where, const Shape& shape, std::int64_t batch, std::int64_t client) {
   return !where.present() || reinterpret_cast<const bool*>(where.at(shape.batch, batch))[client];
@@ -98,6 +144,11 @@ inline bool is_present(const View& where, const Shape& shape, std::int64_t batch
 // Where a tile of a view without a client axis begins.
 inline std::byte* tile_data(const View& view, const Shape& shape, const Tile& tile) {
   return view.at(shape.batch, tile.batch) + tile.begin * bytes_of(view.type);
+}
+
+// Where a tile begins in one client's row of a client-stacked view.
+inline std::byte* row_data(const View& view, const Shape& shape, const Tile& tile, std::int64_t client) {
+  return tile_data(view, shape, tile) + client * shape.coordinates[tile.leaf] * bytes_of(view.type);
 }
 
 // Where the tile begins in the rows of a client-stacked view, for the clients that take part (all, without `where`).
@@ -127,6 +178,16 @@ Work cut_tiles(const Tiles& tiles, std::int64_t cost, RunTile run_tile) {
   work.tasks = tiles.count();
   work.cost = cost;
   work.run = [tiles, run_tile = std::move(run_tile)](std::int64_t task) { run_tile(tiles[task]); };
+  return work;
+}
+
+// Work of one task a piece: `run_piece(piece)`.
+template <typename RunPiece>
+Work cut_rows(const RowPieces& pieces, std::int64_t cost, RunPiece run_piece) {
+  Work work;
+  work.tasks = pieces.count();
+  work.cost = cost;
+  work.run = [pieces, run_piece = std::move(run_piece)](std::int64_t task) { run_piece(pieces[task]); };
   return work;
 }
 

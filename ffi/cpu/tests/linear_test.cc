@@ -2,6 +2,7 @@
 // extended precision. Needs nothing but the kernels: also for sanitizers and emulators.
 #include "cpu/kernels/linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -242,9 +243,7 @@ void test_conversions() {
 // Scratch memory is made for kMostColumns: no tile has more, and together they are the leaf.
 void test_tiles() {
   for (std::int64_t coordinates : {0, 1, 255, 16384, 24575, 24576, 24577, 40959, 40961, 1000001}) {
-    Shape shape;
-    shape.clients = 3;
-    shape.coordinates = {coordinates, std::int64_t{1} << 40};
+    const Shape shape{{}, 3, {coordinates, std::int64_t{1} << 40}};
     const Tiles tiles = Tiles::balanced(shape);
     std::int64_t end = 0;
     for (std::int64_t i = 0; tiles[i].leaf == 0; ++i) {
@@ -256,6 +255,34 @@ void test_tiles() {
   }
 }
 
+// Every client's every coordinate belongs to one piece; and short of a stretch, pieces follow each other in memory.
+void test_row_pieces() {
+  for (std::int64_t clients : {1, 3, 40}) {
+    for (std::int64_t coordinates : {0, 1, 5000, 8192, 16384, 16385, (1 << 20) + 7}) {
+      const Shape shape{{1, {2}, 2}, clients, {coordinates, 7}};
+      const RowPieces pieces(shape);
+      std::vector<std::int64_t> covered(2 * clients * coordinates);
+      std::int64_t end = 0;
+      for (std::int64_t i = 0; i < pieces.count(); ++i) {
+        const RowPiece piece = pieces[i];
+        const Tile& tile = piece.tile;
+        expect(tile.columns > 0 && tile.columns <= kWantedColumns, "a piece that fits");
+        expect(piece.clients > 0 && piece.first_client + piece.clients <= clients, "clients that there are");
+        if (tile.leaf == 1) continue;
+        expect(tile.begin + tile.columns <= coordinates, "columns that there are");
+        std::int64_t at = (tile.batch * clients + piece.first_client) * coordinates + tile.begin;
+        if (coordinates <= 1 << 20) expect(at == end, "the next one in memory");
+        for (std::int64_t row = 0; row < piece.clients; ++row, at += coordinates) {
+          for (std::int64_t column = 0; column < tile.columns; ++column) ++covered[at + column];
+          end = at + tile.columns;
+        }
+      }
+      const bool once = std::all_of(covered.begin(), covered.end(), [](std::int64_t count) { return count == 1; });
+      expect(once, "every column of every client, once");
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fedfuse
 
@@ -263,6 +290,7 @@ int main() {
   using namespace fedfuse;
   test_conversions();
   test_tiles();
+  test_row_pieces();
   for (const std::string& isa : supported_isas()) {
     choose_isa(isa);
     for (Type type : {Type::kFloat32, Type::kFloat64, Type::kBFloat16, Type::kFloat16}) {
