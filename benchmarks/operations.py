@@ -217,9 +217,14 @@ def _best_momentum(params: Array, first: Array, second: Array, updates: Array) -
     return params + 0.1 * first, first, second
 
 
+def entries_kept(parameters: int) -> int:
+    """One coordinate in a hundred."""
+    return max(parameters // 100, 1)
+
+
 def _sparse_updates(problem: Problem, key: Array) -> tuple[Array, Array]:
-    """One coordinate in a hundred, 10 000 at most, at distinct indices in ascending order."""
-    k = min(max(problem.parameters // 100, 1), 10**4)
+    """At distinct indices in ascending order."""
+    k = entries_kept(problem.parameters)
     first, second = jax.random.split(key)
     width = problem.parameters // k
     offsets = jax.random.randint(first, (problem.clients, k), 0, width)
@@ -830,8 +835,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         "topk_sparsify",
         _one_update,
-        lambda update: ff.topk_sparsify(update, min(max(len(update) // 100, 1), 10**4)),
-        natural=lambda update: forms.natural_topk(update, min(max(len(update) // 100, 1), 10**4)),
+        lambda update: ff.topk_sparsify(update, entries_kept(len(update))),
+        natural=lambda update: forms.natural_topk(update, entries_kept(len(update))),
         problems=(Problem(1, 10**6),),
         gpu_problems=(Problem(1, 10**6),),
     ),

@@ -22,6 +22,8 @@ coordinate_wise_case = pytest.mark.parametrize(
 )
 
 
+WRITING_ROWS = ("stack_clients", "weighted_spread")  # each from what one client has
+
 # What an absent client may fill with NaN.
 PER_CLIENT = (Kind.STACKED, Kind.WEIGHTS, Kind.ENTRIES, Kind.FACTORS)
 
@@ -181,6 +183,15 @@ def test_many_clients(case, n_clients):
     if "stack" in case.row.operation and n_clients > 200:
         n_clients = 500  # as many operands: the compiler, not the kernel, would be tested
     values = case.sample(Problem(n_clients=n_clients, shapes=(("w", (5,)), ("b", ()))))
+    case.check(jax.jit(case.call)(*to_jax(values)), values)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.row.operation in WRITING_ROWS], ids=str)
+@pytest.mark.parametrize("shape", [(21, 5003), (3, 40_011), (2, 2**20 + 5)], ids=str)
+def test_rows_cut_into_pieces(case, shape):
+    """Several rows a piece, several pieces a row, and rows of which others' first part comes first."""
+    n_clients, size = shape
+    values = case.sample(Problem(n_clients=n_clients, shapes=(("w", (size,)), ("b", (3,)))))
     case.check(jax.jit(case.call)(*to_jax(values)), values)
 
 
