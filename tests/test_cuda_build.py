@@ -121,6 +121,26 @@ def test_the_check_reads_a_log():
 
 
 @needs_sources
+def test_the_check_knows_the_threads_of_every_kernel():
+    tool = load_tool()
+    threads_of = lambda label: tool.Kernel(label, "90", 64, 0, 0, 0).threads  # noqa: E731
+    text = "".join(path.read_text() for path in sorted((FFI / "cuda").glob("*.*")))
+    (usual,) = re.findall(r"kReductionThreads = (\d+);", text)
+    constant = r"static constexpr int kThreads = ([^;]+);"
+    # Each with the last struct that begins at a line's start before it.
+    threads = dict(re.findall(rf"^struct (\w+)\b(?:(?!^struct )[\s\S])*?{constant}", text, re.MULTILINE))
+    assert len(threads) == len(re.findall(constant, text)) > 20
+    assert threads.pop("SelectionBody") == "Search::kThreads"
+    assert threads.pop("BitPlaneSearch") == "32 * kWarps"
+    assert threads_of("BitPlane<float32, 4 warps>") == 128
+    labels = {"NetworkBody": "network float32 Sort<4>", "RadixSearch": "Radix<float32>"}
+    for body, number in threads.items():
+        label = labels.get(body, f"{body}<float32>")
+        assert threads_of(label) == int(number.replace("kReductionThreads", usual)), label
+    assert set(tool.THREADS) <= {"network", *threads}
+
+
+@needs_sources
 @needs_demangler
 def test_the_table_of_the_docs():
     """Types of which the same is said share a row, and so do large and small tables of leaves."""
