@@ -3,7 +3,6 @@
 tools/check_cuda_build.py compiles the kernels and reads what ptxas says; here, that it reads right.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,31 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from cxx import FFI, compile_cxx, needs_compiler, run
 from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
-FFI = ROOT / "ffi"
 SOURCES = sorted(path for path in (FFI / "cuda").glob("*.cu") if path.name != "runtime.cu")
-COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 needs_sources = pytest.mark.skipif(not SOURCES, reason="the sources are not here")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
 def load_tool():
     return load_script(ROOT / "tools" / "check_cuda_build.py")
-
-
-def compile_cxx(output, *arguments):
-    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{FFI}"]
-    done = subprocess.run([*command, *map(str, arguments), "-o", str(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def run(program, *arguments):
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 # --- On the host ------------------------------------------------------------------------------------------------
