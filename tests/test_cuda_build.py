@@ -3,7 +3,6 @@
 tools/check_cuda_build.py compiles the kernels and reads what ptxas says; here, that it reads right.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,31 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from cxx import FFI, compile_cxx, needs_compiler, run
 from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
-FFI = ROOT / "ffi"
 SOURCES = sorted(path for path in (FFI / "cuda").glob("*.cu") if path.name != "runtime.cu")
-COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 needs_sources = pytest.mark.skipif(not SOURCES, reason="the sources are not here")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
 def load_tool():
     return load_script(ROOT / "tools" / "check_cuda_build.py")
-
-
-def compile_cxx(output, *arguments):
-    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{FFI}"]
-    done = subprocess.run([*command, *map(str, arguments), "-o", str(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def run(program, *arguments):
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 # --- On the host ------------------------------------------------------------------------------------------------
@@ -118,6 +103,26 @@ def test_the_check_reads_a_log():
     (planes,) = tool.parse(LOG.format(name=BIT_PLANES, stack=0, spill=0, registers=64))
     assert planes.label == "BitPlane<float16, 16 warps>"
     assert planes.occupancy == 1024 / 2048
+
+
+@needs_sources
+def test_the_check_knows_the_threads_of_every_kernel():
+    tool = load_tool()
+    threads_of = lambda label: tool.Kernel(label, "90", 64, 0, 0, 0).threads  # noqa: E731
+    text = "".join(path.read_text() for path in sorted((FFI / "cuda").glob("*.*")))
+    (usual,) = re.findall(r"kReductionThreads = (\d+);", text)
+    constant = r"static constexpr int kThreads = ([^;]+);"
+    # Each with the last struct that begins at a line's start before it.
+    threads = dict(re.findall(rf"^struct (\w+)\b(?:(?!^struct )[\s\S])*?{constant}", text, re.MULTILINE))
+    assert len(threads) == len(re.findall(constant, text)) > 20
+    assert threads.pop("SelectionBody") == "Search::kThreads"
+    assert threads.pop("BitPlaneSearch") == "32 * kWarps"
+    assert threads_of("BitPlane<float32, 4 warps>") == 128
+    labels = {"NetworkBody": "network float32 Sort<4>", "RadixSearch": "Radix<float32>"}
+    for body, number in threads.items():
+        label = labels.get(body, f"{body}<float32>")
+        assert threads_of(label) == int(number.replace("kReductionThreads", usual)), label
+    assert set(tool.THREADS) <= {"network", *threads}
 
 
 @needs_sources

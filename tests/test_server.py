@@ -13,6 +13,7 @@ from operations import has_kernel
 from test_battery import assert_same_bits
 
 import fedfuse_jax as ff
+from fedfuse_jax._primitive import OPERATIONS
 
 RULES = [
     ff.fedavgm_weighted_update, ff.fedadagrad_weighted_update, ff.fedadam_weighted_update, ff.fedyogi_weighted_update,
@@ -164,6 +165,27 @@ def test_donated_buffers_are_updated_in_place(rule):
     after = step(params, state, updates_of(3, 5))
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after) if leaf.size] == before
     assert_same_bits(after, wanted)
+
+
+@each_rule
+def test_results_with_memory_of_their_own(rule, monkeypatch):
+    """What a program gets that calls the handler without giving it the operands' buffers for the results."""
+    if not has_kernel(rule.__name__):
+        pytest.skip("no compiled kernel")
+    params, state = some_state(rule)
+    rounds = [updates_of(3, 1), jax.tree.map(lambda x: x.at[1].set(jnp.nan), updates_of(3, 2)), updates_of(3, 3)]
+    arguments = params, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
+
+    def compiled():
+        step = jax.vmap(functools.partial(rule, learning_rate=0.1), in_axes=(None, None, 0))
+        return jax.jit(step).lower(*arguments).compile()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OPERATIONS[rule.__name__], "_aliased", ())
+        apart = compiled()
+    in_place = compiled()
+    assert ["output_to_operand_aliasing" in program.as_text() for program in (apart, in_place)] == [False, True]
+    assert_same_bits(apart(*arguments), in_place(*arguments))
 
 
 def test_one_call_for_the_whole_tree():

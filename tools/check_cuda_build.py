@@ -28,6 +28,8 @@ ALL_TARGETS = ("80", "86", "89", "90", "100", "120")
 TYPES = ("float32", "float64", "bfloat16", "float16")  # as ffi/contract/types.h numbers them
 CODES = ("uint8", "int8", "uint4", "int4")  # as ffi/contract/compressed.h does
 LEAST_OCCUPANCY = 0.25
+USUAL_THREADS = 256  # of a block
+THREADS = {"network": 128, "QuantizedDotLarge": 1024, "Rounds": 128}  # where their sources say otherwise
 FEW = ", few leaves"  # ends the labels of the kernels that ffi/cuda/team.h launches for trees of few leaves
 
 
@@ -85,7 +87,7 @@ class Kernel:
         """Threads of a block; the kernels' sources say the same."""
         if warps := re.search(r"(\d+) warps", self.label):
             return 32 * int(warps[1])
-        return 128 if self.label.startswith("network") else 256
+        return THREADS.get(self.label.split("<")[0].split()[0], USUAL_THREADS)
 
     @property
     def occupancy(self) -> float:

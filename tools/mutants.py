@@ -31,7 +31,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
 BYZANTINE, ADAPTERS, COMPRESSED = "byzantine", "adapters", "compressed"
-LAUNCHES = "launches"
+LAUNCHES, THREADS = "launches", "threads"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -40,6 +40,7 @@ ORDER_SIZES = ("tests/test_order_statistics.py",)
 NETWORKS = ("tests/test_networks.py",)
 NATIVE = ("tests/test_export.py", "-k", "too_small")
 GEOMETRY = ("tests/test_cuda_build.py", "-k", "geometry")
+SHARED_WORK = ("tests/test_executor.py",)
 ERRORS = ("tests/test_errors.py",)
 SENSITIVITY = ("tests/test_private.py", "-k", "one_client or lone or float64 or bound")
 NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counters or generators")
@@ -330,8 +331,22 @@ MUTANTS = (
     Mutant(PRIVATE, NORMAL, "p = is_tail ? q : p;", "", "the tails are cut off", NOISE),
     Mutant(PRIVATE, NORMAL, "(bits >> 9) | 0x3f800000u", "(bits & 0x007fffffu) | 0x3f800000u",
            "other bits of the word", NOISE),
-    Mutant(PRIVATE, EXECUTOR, "if (stage > 0) wait_for(stage);", "", "sums begin before norms are known",
-           ("tests/test_private.py", "-k", "all_norms")),
+    # --- Sharing work among threads -----------------------------------------------------------------------------
+    Mutant(THREADS, EXECUTOR, "ranges[thread].end = work.tasks * (thread + 1) / threads;",
+           "ranges[thread].end = work.tasks * (thread + 1) / threads + 1;", "neighbours both do a task", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "ranges[thread].end = work.tasks * (thread + 1) / threads;",
+           "ranges[thread].end = work.tasks / threads * (thread + 1);", "what is left over is forgotten", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "range = 0; range < ranges; ++range", "range = 0; range + 1 < ranges; ++range",
+           "a thread that comes late leaves its tasks to nobody", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "(thread + range) % ranges", "range", "all threads begin with the same tasks",
+           SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "if (!failed_) error = attempt([&] { stage.work.run(task); });",
+           "error = attempt([&] { stage.work.run(task); });", "tasks go on after a failure", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "if (stage.work.finish && !failed_)", "if (stage.work.finish)",
+           "what failed is finished all the same", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "        begin(index + 1);\n", "        if (!failed_) begin(index + 1);\n",
+           "after a failure the next stage is waited for in vain", SHARED_WORK),
+    Mutant(THREADS, EXECUTOR, "if (stage > 0) wait_for(stage);", "", "sums begin before norms are known", SHARED_WORK),
     # --- Server optimizers --------------------------------------------------------------------------------------
     Mutant(SERVER, REFERENCE, "first = b1 * first + delta\n", "first = b1 * first + (1 - b1) * delta\n",
            "momentum with damping", battery("eager", "fedavgm"), without_kernels=True),
@@ -357,6 +372,11 @@ MUTANTS = (
     Mutant(SERVER, SERVER_TILES, "if (problem->accepted[tile.batch] == 0) {", "if (problem->accepted[0] == 0) {",
            "all of a batch share the first one's fate", ("tests/test_server.py", "-k", "judged")),
     Mutant(SERVER, SERVER_TILES, "*old + problem.accepted[batch]", "*old + 1", "a bad round counts", ROUNDS),
+    Mutant(SERVER, SERVER_TILES, "if (from != to) std::memcpy(to, from, tile.columns * bytes_of(old.type));",
+           "static_cast<void>(from != to);", "a result with memory of its own misses a bad round",
+           ("tests/test_server.py", "-k", "their_own")),
+    Mutant(SERVER, SERVER_TILES, "problem->shape, tile);\n    } else {", "problem->shape, tile);\n    } if (true) {",
+           "a bad round is stepped after all", ROUNDS),
     Mutant(SERVER, SERVER_RULES, "rates.b2 * second + (1 - rates.b2) * square", "rates.b2 * (second + square)",
            "Adam's second moment is off", battery("eager", "fedadam")),
     Mutant(SERVER, SERVER_RULES, "second > square ? second - step : second < square ? second + step",

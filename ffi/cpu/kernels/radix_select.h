@@ -32,7 +32,7 @@ FEDFUSE_INLINE void exchange(Words& a, Words& b, std::uint32_t lower_half) {
 }
 
 // Transposes kSize x kSize bits, in every kSize bits of the lanes: row(i) gives what has row i of all the matrices,
-// put(i, words) takes their column i. In two steps, for the registers.
+// put(i, words) takes their column i. In two steps for the registers, and by selects, unlike math/bit_planes.h.
 template <int kSize, typename Row, typename Put>
 FEDFUSE_INLINE void transpose_bits(Row row, Put put) {
   Words words[kSize];
