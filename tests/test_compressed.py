@@ -54,27 +54,31 @@ def test_sparse_sum_into_nothing():
 
 
 @pytest.mark.skipif(not has_kernel("topk_sparse_weighted_sum"), reason="promised of the kernel")
-def test_the_order_of_addition_is_client_after_client_then_position():
+@pytest.mark.parametrize("spread", [1, 50_000], ids=["a cache full", "more"])
+def test_the_order_of_addition_is_client_after_client_then_position(spread):
     """To the bit what a loop gives, whether rows are sorted or not."""
     values, indices, weights = sparse_problem(1, 6, 400, 50, "any")
-    wanted = np.zeros(50, np.float32)
+    indices, num_params = indices * spread, 50 * spread
+    wanted = np.zeros(num_params, np.float32)
     for client in range(6):
         for value, index in zip(values[client], indices[client], strict=True):
-            if 0 <= index < 50:
+            if 0 <= index < num_params:
                 wanted[index] += weights[client] * value
-    got = ff.topk_sparse_weighted_sum(values, indices, weights, 50)
+    got = ff.topk_sparse_weighted_sum(values, indices, weights, num_params)
     assert np.asarray(got).tobytes() == wanted.tobytes()
     order = np.argsort(indices, axis=1, kind="stable")
     by_index = [np.take_along_axis(x, order, 1) for x in (values, indices)]
-    assert_same_bits(ff.topk_sparse_weighted_sum(*by_index, weights, 50), got)
+    assert_same_bits(ff.topk_sparse_weighted_sum(*by_index, weights, num_params), got)
 
 
 @pytest.mark.skipif(not has_kernel("topk_sparse_weighted_sum"), reason="promised of the kernel")
-def test_a_last_index_out_of_order_is_added_in_its_client_s_turn():
+@pytest.mark.parametrize("num_params", [40_000, 3_000_000])
+def test_a_last_index_out_of_order_is_added_in_its_client_s_turn(num_params):
     """(1 + 1e8) - 1e8 is 0 in float32; were the 1 added with its neighbours, after the rest, it would be 1."""
-    indices = np.array([[20_000, 30_000, 5], [5, 20_000, 30_000], [5, 20_000, 30_000]], np.int32)
+    middle, last = num_params // 2, num_params * 3 // 4
+    indices = np.array([[middle, last, 5], [5, middle, last], [5, middle, last]], np.int32)
     values = np.array([[0, 0, 1], [1e8, 0, 0], [-1e8, 0, 0]], np.float32)
-    assert ff.topk_sparse_weighted_sum(values, indices, np.ones(3, np.float32), 40_000)[5] == 0
+    assert ff.topk_sparse_weighted_sum(values, indices, np.ones(3, np.float32), num_params)[5] == 0
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])

@@ -63,7 +63,8 @@ void with_type(Type type, Use use) {
 }
 
 // The coordinates are cut into tiles, whose sums stay in cache while the clients go by. Before, each client's entries
-// are put in the order of the tiles, keeping their order within a tile: sorted indices are in that order already.
+// are put in the order of the tiles, keeping their order within a tile: sorted indices are in that order already. Where
+// all sums fit in cache and there are few threads, each picks its own out of entries as they are.
 template <typename Float>
 class SparseSum {
   using Accumulator = typename Float::Accumulator;
@@ -74,6 +75,9 @@ class SparseSum {
       : problem_(std::move(problem)), rows_(problem_->shape.batch.count * problem_->shape.clients) {
     while (problem_->shape.coordinates > kTilesWanted << width_bits_ && width_bits_ < kWidestBits) ++width_bits_;
     tiles_ = (problem_->shape.coordinates + width() - 1) >> width_bits_;
+    const std::int64_t threads = tasks_wanted() / kTilesPerThread;
+    picks_ = threads <= kMostPicking && problem_->shape.coordinates <= kMostCoordinatesPicked;
+    tiles_of_pick_ = quotient_up(tiles_, threads);
     starts_.resize(rows_ * (tiles_ + 1));
     arranged_.resize(rows_);
   }
@@ -90,6 +94,7 @@ class SparseSum {
     std::int64_t* starts = starts_.data() + row * (tiles_ + 1);
     problem_->sorted[row] = is_sorted(indices, shape.entries);
     if (!problem_->sorted[row]) {
+      if (picks_) return;
       const Element* values = row_of<Element>(problem_->values, shape.batch, batch, client, shape.entries);
       sort_by_tile(indices, values, starts, &arranged_[row]);
       return;
@@ -105,6 +110,10 @@ class SparseSum {
   void add_tile(std::int64_t index) {
     const SparseShape& shape = problem_->shape;
     const std::int64_t batch = index / tiles_, tile = index % tiles_;
+    if (picks_ && !all_sorted(batch)) {
+      if (tile % tiles_of_pick_ == 0) pick(batch, tile);
+      return;
+    }
     const std::int64_t begin = tile << width_bits_;
     Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
     std::fill(total + begin, total + std::min(begin + width(), shape.coordinates), Accumulator{0});
@@ -131,6 +140,46 @@ class SparseSum {
     std::int32_t index;
     Accumulator value;
   };
+
+  bool all_sorted(std::int64_t batch) const {
+    for (std::int64_t client = 0; client < problem_->shape.clients; ++client) {
+      if (!is_present(problem_->where, problem_->shape.batch, batch, client)) continue;
+      if (!problem_->sorted[batch * problem_->shape.clients + client]) return false;
+    }
+    return true;
+  }
+
+  // Sums several tiles over the clients, of entries in any order.
+  void pick(std::int64_t batch, std::int64_t first_tile) {
+    const SparseShape& shape = problem_->shape;
+    const std::int64_t begin = first_tile << width_bits_;
+    const std::int64_t end = std::min((first_tile + tiles_of_pick_) << width_bits_, shape.coordinates);
+    const auto origin = static_cast<std::uint32_t>(begin), count = static_cast<std::uint32_t>(end - begin);
+    Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
+    std::fill(total + begin, total + end, Accumulator{0});
+    const Accumulator* weights = row_of<Accumulator>(problem_->weights, shape.batch, batch, 0, 0);
+    for (std::int64_t client = 0; client < shape.clients; ++client) {
+      if (!is_present(problem_->where, shape.batch, batch, client)) continue;
+      const Element* values = row_of<Element>(problem_->values, shape.batch, batch, client, shape.entries);
+      const std::int32_t* indices = row_of<std::int32_t>(problem_->indices, shape.batch, batch, client, shape.entries);
+      const Accumulator weight = weights[client];
+      for (std::int64_t first = 0; first < shape.entries; first += kPickedAtOnce) {
+        Entry picked[kPickedAtOnce];
+        std::int64_t num_picked = 0;
+        // Without a branch, which nobody could predict: what is not picked is written over.
+        for (std::int64_t i = first; i < std::min(first + kPickedAtOnce, shape.entries); ++i) {
+          picked[num_picked] = {indices[i], Float::widen(values[i])};
+          num_picked += static_cast<std::uint32_t>(indices[i]) - origin < count;
+        }
+        for (std::int64_t i = 0; i < num_picked; ++i) total[picked[i].index] += weight * picked[i].value;
+      }
+    }
+  }
+
+  // Everybody who picks reads all entries: more threads are better off sharing the work of putting them in order.
+  static constexpr std::int64_t kMostPicking = 4;
+  static constexpr std::int64_t kMostCoordinatesPicked = (std::int64_t{8} << 20) / sizeof(Accumulator);
+  static constexpr std::int64_t kPickedAtOnce = 512;
 
   static constexpr std::int64_t kTilesWanted = 32;
   static constexpr int kWidestBits = 16;
@@ -173,8 +222,10 @@ class SparseSum {
   std::int64_t rows_;
   int width_bits_ = 10;  // a tile's coordinates are a power of two
   std::int64_t tiles_;
+  bool picks_;
+  std::int64_t tiles_of_pick_;
   std::vector<std::int64_t> starts_;                // of each row and tile, and one past the last tile
-  std::vector<std::unique_ptr<Entry[]>> arranged_;  // the entries of each row that is not sorted
+  std::vector<std::unique_ptr<Entry[]>> arranged_;  // the entries of each row that is not sorted, without picking
 };
 
 template <typename Float>
