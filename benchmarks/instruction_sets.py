@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 
-from benchmarks import curves, measure
+from benchmarks import curves
 from benchmarks.operations import ROWS, Problem
+from benchmarks.stopwatch import Contender, Timing, first_call, interleave
 from fedfuse_jax import _native
 
 NAMES = tuple(dict.fromkeys(name for name, _ in curves.LINES))
@@ -66,9 +67,9 @@ def measure_here(problems: Sequence[Problem], repetitions: int) -> list[dict[str
             if row.arguments not in made:
                 made[row.arguments] = jax.block_until_ready(jax.jit(partial(row.arguments, problem))(jax.random.key(0)))
             arguments = made[row.arguments]
-            everybody.append(measure.Contender(row.name, partial(jax.jit(row.call), *arguments), jax.block_until_ready))
-        timings = {contender.name: measure.Timing(measure.first_call(contender)[1]) for contender in everybody}
-        measure.interleave(everybody, timings, repetitions, "cpu")
+            everybody.append(Contender(row.name, partial(jax.jit(row.call), *arguments), jax.block_until_ready))
+        timings = {contender.name: Timing(first_call(contender)[1]) for contender in everybody}
+        interleave(everybody, timings, repetitions, "cpu")
         measured += [{"row": name, **asdict(problem), "seconds": timing.seconds} for name, timing in timings.items()]
     return measured
 

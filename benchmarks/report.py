@@ -15,7 +15,7 @@ from benchmarks.systems import SYSTEMS
 
 Report = dict[str, Any]
 
-SCHEMA = 2
+SCHEMA = 3
 COLUMNS = ("operation", "clients x parameters", "ms", "cold", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
 SYSTEM_COLUMNS = ("rule", "clients x parameters", "ms", *(f"vs {system}" for system in SYSTEMS))
 TREE_COLUMNS = ("operation", "a tree", "ms", "time over one array's", "goal")
