@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fedfuse_jax as ff
-from benchmarks import footprint, instruction_sets
+from benchmarks import footprint, instruction_sets, kept_memory
 from benchmarks.bounds import FAULT
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
 from benchmarks.systems import SYSTEMS
@@ -270,6 +270,28 @@ def instruction_set_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     ], rows
 
 
+def kept_memory_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """What large results cost where new memory is cleared for each, and where it is kept."""
+    kinds, rows = kept_memory.KINDS, []
+    for row in kept_memory.compared(report["kept_memory"]):
+        milliseconds = [
+            _number(row["seconds"][form][kind] * 1e3) if kind in row["seconds"][form] else "-"
+            for form in kept_memory.FORMS
+            for kind in kinds
+        ]
+        over = row["over_forward"]
+        signs = {kind: f": {_SIGNS[goal['met']]}" for kind, goal in row["goals"].items()}
+        ratios = [f"{_number(over[kind])}x{signs.get(kind, '')}" if kind in over else "-" for kind in kinds]
+        rows.append([row["row"], _problem(row).label, *milliseconds, *ratios])
+    forms = ("ms", f"{kept_memory.BEST}, ms")
+    goal = f"over forward (at most {kept_memory.MOST:g}x)"
+    return [
+        "by memory",
+        "clients x parameters",
+        *(f"{name}, {kind}" for name in (*forms, goal) for kind in kinds),
+    ], rows
+
+
 def markdown(report: Report) -> str:
     """The tables that README and docs embed, so that no figure is ever typed."""
     rows = [
@@ -305,6 +327,8 @@ def markdown(report: Report) -> str:
         parts.append(markdown_table(*curve_cells(report)))
     if report["instruction_sets"]:
         parts.append(markdown_table(*instruction_set_cells(report)))
+    if report["kept_memory"]:
+        parts.append(markdown_table(*kept_memory_cells(report)))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
     if left_out := left_out_words(report):
@@ -378,6 +402,8 @@ def show(report: Report) -> None:
         _show_plain(console, Table(title="Bytes moved a second over what a probe reads"), *curve_cells(report))
     if report["instruction_sets"]:
         _show_plain(console, Table(title="The kernels of each instruction set"), *instruction_set_cells(report))
+    if report["kept_memory"]:
+        _show_plain(console, Table(title="Memory that is kept"), *kept_memory_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for words, met in footprint_words(report):

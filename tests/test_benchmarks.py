@@ -25,7 +25,6 @@ from benchmarks import (
     curves,
     footprint,
     forms,
-    instruction_sets,
     measure,
     operations,
     report,
@@ -395,46 +394,6 @@ def test_curves_are_measured_alone(
     assert "| of the memory's rate, by clients | 4 | 10 |" in report.markdown(result)
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / f"{path.stem}-roofline.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- The instruction sets -------------------------------------------------------------------------------------
-
-
-def test_instruction_sets_are_compared() -> None:
-    def run(name: str, seconds: float) -> dict[str, Any]:
-        row = {
-            "row": "trimmed_mean",
-            "clients": 32,
-            "parameters": 64,
-            "dtype": "float32",
-            "tree": "",
-            "seconds": seconds,
-        }
-        return {"instruction_set": name, "rows": [row]}
-
-    seconds = {"avx512": (2e-3, 9e-3, 1e-3), "avx2": (3e-3, 5e-3, 1e-3), "baseline": (9e-3, 9e-3, 9e-3)}
-    runs = [run(name, values[turn]) for turn in range(3) for name, values in seconds.items()]
-    (row,) = instruction_sets.compared(runs)
-    assert row["ratios"] == pytest.approx({"avx512": 1, "avx2": 1.5, "baseline": 4.5})
-    assert {name: goal["met"] for name, goal in row["goals"].items()} == {"avx2": True, "baseline": False}
-    (cells,) = report.instruction_set_cells({"instruction_sets": runs})[1]
-    assert cells[2:5] == ["2.00", "1.50x", "4.50x"] and "baseline at most 4x: missed" in cells[5]
-    (row,) = instruction_sets.compared(runs[1:3])
-    assert row["ratios"] == row["goals"] == {}  # nothing to compare with
-    assert report.instruction_set_cells({"instruction_sets": runs[1:3]})[1][0][2:] == ["-", "-", "-", "-"]
-
-
-def test_instruction_sets_are_measured_in_their_own_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(instruction_sets, "QUICK_PROBLEMS", (TINY,))
-    assert command_line.main(["--instruction-sets", "--quick", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
-    result = report.load(path)
-    assert [run["instruction_set"] for run in result["instruction_sets"]] == instruction_sets.supported()
-    for run in result["instruction_sets"]:
-        assert {row["row"] for row in run["rows"]} == set(instruction_sets.NAMES)
-        assert all(row["seconds"] > 0 for row in run["rows"])
 
 
 # --- The footprint --------------------------------------------------------------------------------------------
