@@ -117,10 +117,18 @@ def _drain(run: Callable[..., Iterator[Any]], *arguments: Any) -> None:
 # --- Everything else ------------------------------------------------------------------------------------------
 
 
-def arithmetic_probe() -> Probe:
-    """NumPy's product of two different matrices (of one with itself it would compute a half), by all threads."""
+def arithmetic_probes() -> list[Probe]:
+    """NumPy's and XLA's product of two different matrices (of one with itself NumPy computes a half), by all threads.
+
+    NumPy's threads wait for each other awake, and take several times as long as XLA's where a core is shared.
+    """
     first, second = np.ones((SQUARE, SQUARE), np.float32), np.ones((SQUARE, SQUARE), np.float32)
-    return Probe("arithmetic, NumPy's product", lambda: first @ second.T, part=ARITHMETIC, amount=SQUARE**3)
+    product = partial(jax.jit(jnp.matmul), jnp.asarray(first), jnp.asarray(second))
+    amount = SQUARE**3
+    return [
+        Probe("arithmetic, NumPy's product", lambda: first @ second, part=ARITHMETIC, amount=amount),
+        Probe("arithmetic, XLA's product", product, jax.block_until_ready, part=ARITHMETIC, amount=amount),
+    ]
 
 
 def leaf_probes(tree: Any, arguments: Any, num_results: int, num_of_one: int) -> list[Probe]:

@@ -235,7 +235,7 @@ def measure_row(
         elif new and not row.donated:
             probing.append(bounds.new_page_probe(new))
         if row.multiply_adds is not None:
-            probing.append(bounds.arithmetic_probe())
+            probing += bounds.arithmetic_probes()
     timed = [contender for contender in everybody if contender.name not in errors]
     timings = {name: timing for name, timing in timings.items() if name not in errors}
     for probe in probing:

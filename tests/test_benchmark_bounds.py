@@ -71,9 +71,10 @@ def test_as_many_leaves_are_taken_and_returned(name: str, returned: int) -> None
 
 def test_distances_have_a_floor_in_arithmetic() -> None:
     measured = measure.measure_row(row_named("pairwise_squared_distances"), Problem(64, 4096), repetitions=2)
-    (product,) = [one for one in measured["probes"].values() if one["part"] == ARITHMETIC]
-    assert measured["floor"]["parts"].keys() == {ARITHMETIC}
-    assert measured["floor"]["seconds"] == pytest.approx(64 * 63 / 2 * 4096 / product["amount"] * product["seconds"])
+    products = [one for one in measured["probes"].values() if one["part"] == ARITHMETIC]
+    assert len(products) == 2 and measured["floor"]["parts"].keys() == {ARITHMETIC}
+    rate = max(one["amount"] / one["seconds"] for one in products)
+    assert measured["floor"]["seconds"] == pytest.approx(64 * 63 / 2 * 4096 / rate)
     ours = measured["contenders"][OURS]["seconds"]
     assert measured["fraction_of_floor"] == pytest.approx(measured["floor"]["seconds"] / ours)
 
