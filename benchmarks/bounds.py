@@ -53,11 +53,13 @@ def memory_probes(arguments: Any, copy: bool, platform: str) -> list[Probe]:
     XLA's product of a vector and a float32 matrix reads faster still where there are such matrices.
     """
     leaves = jax.tree.leaves(arguments)
-    num_bytes = sum(leaf.nbytes for leaf in leaves)
     if platform == "gpu":
         # There is no reading as fast as a copy is easily had: XLA's own elementwise kernel, in and out.
-        start = partial(jax.jit(partial(jax.tree.map, jnp.negative)), leaves)
-        return [Probe(f"{COPY_PROBE}, jnp.negative", start, jax.block_until_ready, amount=2 * num_bytes)]
+        numbers = [leaf for leaf in leaves if leaf.dtype != bool]  # what cannot be negated has few bytes
+        start = partial(jax.jit(partial(jax.tree.map, jnp.negative)), numbers)
+        moved = 2 * sum(leaf.nbytes for leaf in numbers)
+        return [Probe(f"{COPY_PROBE}, jnp.negative", start, jax.block_until_ready, amount=moved)]
+    num_bytes = sum(leaf.nbytes for leaf in leaves)
     arrays = [np.asarray(leaf) for leaf in leaves]
     targets = [np.zeros_like(array) for array in arrays] if copy else []
     result = []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +50,19 @@ def test_a_product_reads_large_matrices() -> None:
     for arguments, copy in (((updates, updates[0]), True), ((updates[0],), False), ((updates[:, :9],), False)):
         assert not any("product" in one.name for one in bounds.memory_probes(arguments, copy, "cpu"))
     assert not any("product" in one.name for one in bounds.memory_probes((updates, jnp.ones(2**17)), False, "cpu"))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.gpu_problems], ids=lambda row: row.name)
+def test_a_copy_probes_a_gpu(row: operations.Row) -> None:
+    arguments = jax.jit(partial(row.arguments, TINY))(jax.random.key(0))
+    (copy,) = bounds.memory_probes(arguments, False, "gpu")
+    negated, _ = stopwatch.first_call(copy)
+    assert copy.amount == 2 * sum(leaf.nbytes for leaf in negated) > 0
+
+
+def test_a_gpu_has_no_other_probes() -> None:
+    measured = measure.measure_row(row_named("coordinate_median/where"), TINY, platform="gpu", repetitions=1)
+    assert measured["bound"]["parts"].keys() == {MEMORY} and len(measured["probes"]) == 1
 
 
 def test_new_pages_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
