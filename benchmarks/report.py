@@ -389,8 +389,9 @@ def show(report: Report) -> None:
         goals = Text("\n").join(Text(words, _COLORS_OF_SIGNS[said]) for words, said in goal_words(row))
         style = None if row["conclusive"] else "dim italic"
         table.add_row(*cells(row), goals, style=style)
+    if counts := goal_counts(report):
+        console.print(counts, markup=False)
     if report["rows"]:
-        console.print(goal_counts(report), markup=False)
         console.print(table)
     if others := system_cells(report):
         _show_plain(console, Table(title="Other systems' rules"), SYSTEM_COLUMNS, others)
