@@ -1,9 +1,9 @@
 """How fast the operations are, against everybody else's and against the memory: ``python -m benchmarks --help``.
 
 One floor a file: ``operations`` is the table of what is measured and the goals it must meet, ``forms`` the other
-ways to write the same things, ``trees`` the shapes of networks, ``measure`` the stopwatch, ``curves``,
-``instruction_sets`` and ``footprint`` what else is asked of the kernels, ``machine`` where it ran, ``report`` what is
-shown.
+ways to write the same things, ``trees`` the shapes of networks, ``stopwatch`` who is timed and how, ``bounds`` what
+nobody could beat, ``measure`` one row, ``curves``, ``instruction_sets``, ``kept_memory`` and ``footprint`` what else is
+asked of the kernels (in ``processes`` of their own), ``machine`` where it ran, ``report`` what is shown.
 To add an operation, add its entry to ``operations.ROWS``.
 """
 

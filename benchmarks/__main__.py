@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import curves, footprint, instruction_sets, machine, measure, operations, report, systems, trees
+from benchmarks import (
+    curves,
+    footprint,
+    instruction_sets,
+    kept_memory,
+    machine,
+    measure,
+    operations,
+    processes,
+    report,
+    systems,
+    trees,
+)
 from benchmarks.operations import ROWS, Problem, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +35,7 @@ DEFAULT_OUTPUT = ROOT / "benchmarks" / "results"
 
 
 # The parts of a report that are measured, in the order in which they are shown.
-MEASURED = ("rows", "overhead", "curves", "instruction_sets", "build")
+MEASURED = ("rows", "overhead", "curves", "instruction_sets", "kept_memory", "build")
 
 
 class Task(NamedTuple):
@@ -101,13 +113,15 @@ def tasks(options: argparse.Namespace, platform: str, done: report.Report) -> li
     todo = []
     parts = options.parts or ["rows"]
     if not options.parts and platform == "cpu" and not (options.operations or options.shapes or options.dtypes):
-        parts = [*parts, "curves", "instruction_sets"]
+        parts = [*parts, "curves", "instruction_sets", "kept_memory"]
     if "rows" in parts:
         todo += _row_tasks(options, platform, done)
     if "curves" in parts:
         todo += _curve_tasks(options, platform, done)
     if "instruction_sets" in parts:
         todo += _instruction_set_tasks(options, done)
+    if "kept_memory" in parts and kept_memory.supported():
+        todo += _kept_memory_tasks(options, done)
     if options.build and not done["build"]:
         todo.append(Task("a wheel from nothing", lambda result: result["build"].update(footprint.build_wheel())))
     return todo
@@ -163,10 +177,25 @@ def _instruction_set_tasks(options: argparse.Namespace, done: report.Report) -> 
     def measure_one(name: str, result: report.Report) -> None:
         result["instruction_sets"].append(instruction_sets.run(name, chosen))
 
-    for number in range(1 if options.quick else instruction_sets.ROUNDS):
+    for number in range(1 if options.quick else processes.ROUNDS):
         for name in instruction_sets.supported():
             if sum(run["instruction_set"] == name for run in done["instruction_sets"]) <= number:
                 yield Task(f"instruction set {name}, run {number + 1}", partial(measure_one, name))
+
+
+def _kept_memory_tasks(options: argparse.Namespace, done: report.Report) -> Iterator[Task]:
+    sizes = (kept_memory.PROBLEMS, kept_memory.MERGE_PROBLEM)
+    if options.quick:
+        sizes = (kept_memory.QUICK_PROBLEMS, kept_memory.QUICK_MERGE_PROBLEM)
+    wanted = kept_memory.cases(*sizes)
+
+    def measure_one(kind: str, result: report.Report) -> None:
+        result["kept_memory"].append(kept_memory.run(kind, wanted))
+
+    for number in range(1 if options.quick else processes.ROUNDS):
+        for kind in kept_memory.KINDS:
+            if sum(run["memory"] == kind for run in done["kept_memory"]) <= number:
+                yield Task(f"memory {kind}, run {number + 1}", partial(measure_one, kind))
 
 
 def problems(row: Row, options: argparse.Namespace, platform: str) -> tuple[Problem, ...]:
@@ -214,13 +243,15 @@ def _new_report(options: argparse.Namespace, platform: str) -> report.Report:
             "patience": None if math.isinf(options.patience) else options.patience,
         },
         "skipped": [
-            f"{name} is not installed: {loss}" for name, loss in optional.items() if not machine.is_importable(name)
+            *(f"{name} is not installed: {loss}" for name, loss in optional.items() if not machine.is_importable(name)),
+            *([] if kept_memory.supported() else ["the C library is not glibc: no table of memory that is kept"]),
         ],
         "module_bytes": footprint.module_bytes(),
         "rows": [],
         "overhead": [],
         "curves": [],
         "instruction_sets": [],
+        "kept_memory": [],
         "build": {},
     }
 
@@ -278,6 +309,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--instruction-sets", dest="parts", action="append_const", const="instruction_sets",
         help="only the main operations with the kernels of each instruction set; the same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kept-memory", dest="parts", action="append_const", const="kept_memory",
+        help="only the operations with large results where the C library keeps its memory; the same",
     )  # fmt: skip
     parser.add_argument("--build", action="store_true", help="time the build of a wheel from nothing, too")
     parser.add_argument("--resume", action="store_true", help="keep the measurements that today's JSON file has")

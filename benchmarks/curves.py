@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from benchmarks import measure
+from benchmarks.bounds import memory_probes
 from benchmarks.operations import ROWS, TINY, Row
+from benchmarks.stopwatch import Contender, Timing, first_call, interleave
 
 # Rows of the table, and their dtypes.
 LINES = (
@@ -88,19 +89,17 @@ def measure_clients(
         row, takes_weights = _row(name)
         arguments = (updates(parameters, dtype), weights) if takes_weights else (updates(parameters, dtype),)
         label = f"{name} {dtype} {parameters}"
-        everybody.append(measure.Contender(label, partial(jax.jit(row.call), *arguments), jax.block_until_ready))
+        everybody.append(Contender(label, partial(jax.jit(row.call), *arguments), jax.block_until_ready))
         results = jax.tree.leaves(jax.eval_shape(row.call, *arguments))
         num_moved = sum(array.size * array.dtype.itemsize for array in (*arguments, *results))
         point = {"row": name, "dtype": dtype, "aligned": aligned, "clients": clients, "parameters": parameters}
         points.append(point | {"bytes": num_moved})
     buffer = updates(num_parameters(clients, "float32", num_bytes), "float32")
-    probing = measure.probes(buffer, False, platform)
-    timings = {contender.name: measure.Timing(measure.first_call(contender)[1]) for contender in (*probing, *everybody)}
-    measure.interleave([*probing, *everybody], timings, repetitions, platform)
+    probing = memory_probes(buffer, False, platform)
+    timings = {contender.name: Timing(first_call(contender)[1]) for contender in (*probing, *everybody)}
+    interleave([*probing, *everybody], timings, repetitions, platform)
 
-    # A probe on a GPU copies: it reads and writes.
-    moved = buffer.nbytes * (1 + probing[0].name.startswith(measure.COPY_PROBE))
-    roof = moved / min(timings[probe.name].seconds for probe in probing)
+    roof = max(probe.amount / timings[probe.name].seconds for probe in probing)
     for contender, point in zip(everybody, points, strict=True):
         timing = timings[contender.name]
         rate = point["bytes"] / timing.seconds

@@ -1,24 +1,17 @@
 """What an older processor costs: the main operations with the kernels of each instruction set that this one has.
 
-The choice is made once, when the kernels are loaded, so every run is a process of its own: this file, as a script.
+The choice is made once, when the kernels are loaded, so every run is a process of its own.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-import jax
-
-from benchmarks import curves, measure
-from benchmarks.operations import ROWS, Problem
+from benchmarks import curves, processes
+from benchmarks.operations import Problem
+from benchmarks.processes import Case
 from fedfuse_jax import _native
 
 NAMES = tuple(dict.fromkeys(name for name, _ in curves.LINES))
@@ -28,8 +21,6 @@ PROBLEMS = tuple(
     for dtype in ("float32", "bfloat16")
 )
 QUICK_PROBLEMS = (Problem(32, 10**5),)
-ROUNDS = 3  # processes of each set, in turns
-REPETITIONS = 5  # samples of an operation in one of them
 
 REFERENCE = "avx512"
 # How many times as long as with the reference's kernels it may take.
@@ -41,59 +32,18 @@ def supported() -> list[str]:
     return [name for name in _native.load("cpu").details.get("supported_here", "").split(", ") if name]
 
 
-def run(name: str, problems: Sequence[Problem], repetitions: int = REPETITIONS) -> dict[str, Any]:
+def run(name: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """One process with the kernels of one set: the median seconds of each operation and problem."""
-    here = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    environment = os.environ | {_native.ISA_VARIABLE: name, "JAX_PLATFORMS": "cpu", "PYTHONPATH": here}
-    asked = json.dumps([[asdict(problem) for problem in problems], repetitions])
-    finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.instruction_sets", asked],
-        env=environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return {"instruction_set": name, "rows": json.loads(finished.stdout)}
-
-
-def measure_here(problems: Sequence[Problem], repetitions: int) -> list[dict[str, Any]]:
-    """Times the operations with the kernels that are loaded."""
-    rows = [row for row in ROWS if row.name in NAMES]
-    measured = []
-    for problem in problems:
-        everybody, made = [], {}
-        for row in rows:
-            if row.arguments not in made:
-                made[row.arguments] = jax.block_until_ready(jax.jit(partial(row.arguments, problem))(jax.random.key(0)))
-            arguments = made[row.arguments]
-            everybody.append(measure.Contender(row.name, partial(jax.jit(row.call), *arguments), jax.block_until_ready))
-        timings = {contender.name: measure.Timing(measure.first_call(contender)[1]) for contender in everybody}
-        measure.interleave(everybody, timings, repetitions, "cpu")
-        measured += [{"row": name, **asdict(problem), "seconds": timing.seconds} for name, timing in timings.items()]
-    return measured
+    cases = [Case(row, problem) for problem in problems for row in NAMES]
+    return {"instruction_set": name, "rows": processes.run(cases, {_native.ISA_VARIABLE: name})}
 
 
 def compared(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The runs by operation and problem: the median seconds with each set, and what it is over the reference's."""
-    seconds: dict[tuple[str, Problem], dict[str, list[float]]] = {}
-    for one in runs:
-        for row in one["rows"]:
-            problem = Problem(row["clients"], row["parameters"], row["dtype"], row["tree"])
-            found = seconds.setdefault((row["row"], problem), {})
-            found.setdefault(one["instruction_set"], []).append(row["seconds"])
     result = []
-    for (name, problem), by_set in sorted(seconds.items(), key=lambda item: NAMES.index(item[0][0])):
-        medians = {key: statistics.median(values) for key, values in by_set.items()}
+    by_case = processes.medians(runs, "instruction_set")
+    for case, medians in sorted(by_case.items(), key=lambda item: NAMES.index(item[0].row)):
         ratios = {key: value / medians[REFERENCE] for key, value in medians.items()} if REFERENCE in medians else {}
         goals = {key: {"most": most, "met": ratios[key] <= most} for key, most in MOST.items() if key in ratios}
-        result.append({"row": name, **asdict(problem), "seconds": medians, "ratios": ratios, "goals": goals})
+        result.append({"row": case.row, **asdict(case.problem), "seconds": medians, "ratios": ratios, "goals": goals})
     return result
-
-
-def _main() -> None:
-    problems, repetitions = json.loads(sys.argv[1])
-    print(json.dumps(measure_here([Problem(**problem) for problem in problems], repetitions)))
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,23 +1,13 @@
-"""The stopwatch: everybody takes turns in one process, beside probes of what the memory gives at that moment.
+"""What one row of the table takes: everybody on the same buffers, beside the probes, compared before timed.
 
-The rules, and why: *interleaved*, since a shared machine's speed drifts from minute to minute; *medians*, since
-its accidents only ever slow a run down; *warm, and cold apart*, since whoever had the turn before leaves the caches
-to be filled and its memory to be given back; *same buffers*, born in a jitted computation, since page size and place
-decide how fast memory is; *checked before timed*, since a wrong answer can be had at any speed; *probed twice*,
-since a row whose floor moved while it was measured says nothing.
+The *same buffers*, born in a jitted computation, since page size and place decide how fast memory is; *checked before
+timed*, since a wrong answer can be had at any speed.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import random
-import statistics
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,59 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import trees
+from benchmarks import bounds, trees
+from benchmarks.bounds import Probe
 from benchmarks.operations import FLOOR, OURS, TINY, Goal, Goals, Problem, Row
+from benchmarks.stopwatch import Answer, Contender, Timing, first_call, interleave, probes_agree
 
-Answer = list[np.ndarray]
-
-READ_PROBE, COPY_PROBE = "read", "copy"
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-# Two probes of one row may differ by this much; beyond it the row is inconclusive.
-PROBE_AGREEMENT = 1.4
 # Where a result is a good part of the traffic, the floor is a copy's rate, not a read's.
 COPY_SHARE = 0.25
 # Results of one problem may differ by this much of the largest value among them.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 2e-2, "float16": 2e-3}
-# One sample lasts at least this long, by calling again and again where one call does not.
-SAMPLE_SECONDS = {"cpu": 1e-3, "gpu": 2e-2}
-MOST_CALLS = 200
-# Where a call is shorter than this, a turn begins with one that does not count: the cold one. The system takes
-# milliseconds to get back what the turn before has freed, after its result was there.
-SHORT_CALL_SECONDS = 0.05
-# Who has used up all patience still gets this many samples; or this many where one call has.
-LEAST_SAMPLES, LEAST_OF_LONG_CALLS = 3, 2
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Somebody who is timed: ``start`` begins the work and returns its result, ``wait`` returns when it is there."""
-
-    name: str
-    start: Callable[[], Any]
-    wait: Callable[[Any], Any] = lambda result: None
-    answer: Callable[[Any], Answer] | None = None  # None: there is nothing to compare
-
-
-@dataclass
-class Timing:
-    """What the stopwatch said of one contender; ``first_call`` includes what it compiles."""
-
-    first_call: float
-    calls_per_sample: int = 1
-    samples: list[float] = field(default_factory=list)
-    cold_samples: list[float] = field(default_factory=list)  # the call before each sample, where calls are short
-
-    @property
-    def seconds(self) -> float:
-        """The median sample."""
-        return statistics.median(self.samples)
-
-    @property
-    def cold(self) -> float | None:
-        """How many times as long as the median sample the first call of a turn takes."""
-        return statistics.median(self.cold_samples) / self.seconds if self.cold_samples else None
-
 
 # --- Contenders -----------------------------------------------------------------------------------------------
 
@@ -212,111 +158,6 @@ def left_out(row: Row, problem: Problem, platform: str) -> Mapping[str, str]:
     return row.left_out(problem) if platform == "cpu" else {}
 
 
-# --- Probes of the memory -------------------------------------------------------------------------------------
-
-
-def _pieces(arrays: Iterable[np.ndarray], threads: int) -> list[np.ndarray]:
-    """The buffers as 64-bit words (a last odd one left out), cut for so many threads."""
-    words = [array.reshape(-1).view(np.uint8) for array in arrays]
-    words = [array[: array.size // 8 * 8].view(np.int64) for array in words if array.nbytes >= 8]
-    return [piece for array in words for piece in np.array_split(array, threads) if piece.size]
-
-
-def probes(arguments: Any, copy: bool, platform: str) -> list[Contender]:
-    """Streams every input byte once: reads, or for rows that write as they read, copies.
-
-    A CPU is probed by one thread and by all: for small buffers waking a thread costs more than it brings. The
-    maximum of 64-bit integers is the cheapest arithmetic NumPy has for a byte, and its copy goes past the caches.
-    """
-    leaves = jax.tree.leaves(arguments)
-    if platform == "gpu":
-        # There is no reading as fast as a copy is easily had: XLA's own elementwise kernel, in and out.
-        return [_jax_contender(f"{COPY_PROBE}, jnp.negative", partial(jax.tree.map, jnp.negative), (leaves,), None)]
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    targets = [np.zeros_like(array) for array in arrays] if copy else []
-    result = []
-    for threads in sorted({1, THREADS}):
-        sources = _pieces(arrays, threads)
-        run: Callable[..., Any] = map if threads == 1 else _pool().map
-        if copy:
-            start = _drained(run, np.copyto, _pieces(targets, threads), sources)
-        else:
-            start = _drained(run, np.maximum.reduce, sources)
-        result.append(Contender(f"{COPY_PROBE if copy else READ_PROBE}, {threads} threads", start))
-    return result
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS)
-
-
-def _drained(run: Callable[..., Iterator[Any]], *arguments: Any) -> Callable[[], None]:
-    def start() -> None:
-        for _ in run(*arguments):
-            pass
-
-    return start
-
-
-# --- The stopwatch --------------------------------------------------------------------------------------------
-
-
-def first_call(contender: Contender) -> tuple[Any, float]:
-    """Compiles and runs once."""
-    start = time.perf_counter()
-    result = contender.start()
-    contender.wait(result)
-    return result, time.perf_counter() - start
-
-
-def sample(contender: Contender, calls: int, platform: str) -> float:
-    """Seconds a call, over so many. On a GPU the calls queue up, as a training loop's do."""
-    queued = platform == "gpu"
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = contender.start()
-        if not queued:
-            contender.wait(result)
-    contender.wait(result)
-    return (time.perf_counter() - start) / calls
-
-
-def interleave(
-    everybody: Sequence[Contender],
-    timings: Mapping[str, Timing],
-    repetitions: int,
-    platform: str,
-    patience: float = math.inf,
-) -> None:
-    """Fills ``timings``: so many rounds in which everybody has one turn, in another order every round.
-
-    Whoever has used up ``patience`` seconds sits out, but not before three samples; before two where one call takes as
-    long, and then the call that said so is one of them.
-    """
-    short, least = set(), dict.fromkeys(timings, LEAST_SAMPLES)
-    for contender in everybody:
-        seconds = sample(contender, 1, platform)
-        if seconds < 10 * SHORT_CALL_SECONDS:  # that one was cold
-            seconds = sample(contender, 1, platform)
-        if seconds < SHORT_CALL_SECONDS:
-            short.add(contender.name)
-        if seconds >= patience:
-            least[contender.name] = LEAST_OF_LONG_CALLS
-            timings[contender.name].samples.append(seconds)
-        wanted = math.ceil(SAMPLE_SECONDS[platform] / max(seconds, 1e-7))
-        timings[contender.name].calls_per_sample = min(max(wanted, 1), MOST_CALLS)
-    shuffled = random.Random(0)
-    for _ in range(repetitions):
-        for contender in shuffled.sample(everybody, len(everybody)):
-            timing = timings[contender.name]
-            used = sum(timing.samples) * timing.calls_per_sample
-            if len(timing.samples) < (repetitions if used < patience else min(least[contender.name], repetitions)):
-                if contender.name in short:
-                    timing.cold_samples.append(sample(contender, 1, platform))
-                timing.samples.append(sample(contender, timing.calls_per_sample, platform))
-
-
 # --- Checks ---------------------------------------------------------------------------------------------------
 
 
@@ -343,15 +184,6 @@ def wrong_contenders(answers: Mapping[str, Answer], tolerance: float) -> dict[st
     return wrong
 
 
-def probes_agree(samples: Sequence[float]) -> bool:
-    """Whether the memory gave the same in the first half of the rounds as in the second."""
-    half = len(samples) // 2
-    if half == 0:
-        return True
-    first, second = statistics.median(samples[:half]), statistics.median(samples[half:])
-    return max(first, second) <= PROBE_AGREEMENT * min(first, second)
-
-
 # --- A row ----------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +206,8 @@ def measure_row(
     everybody = [*contenders(row, problem, arguments, platform, others), *extra]
     tolerance = TOLERANCE[problem.dtype]
 
-    timings, answers, errors, written = {}, {}, {}, 0
+    timings, answers, errors = {}, {}, {}
+    written, new, results = 0, [], {}
     for contender in everybody:
         try:
             result, seconds = first_call(contender)
@@ -386,21 +219,30 @@ def measure_row(
         timings[contender.name] = Timing(seconds)
         if contender.answer is not None:
             answers[contender.name] = contender.answer(result)
+        results[contender.name] = len(jax.tree.leaves(result))
         if contender.name == OURS:
-            written = _bytes_of(result)
+            written, new = _bytes_of(result), bounds.new_bytes(result)
         del result  # or the last one's would be there during everybody's turns
     errors |= wrong_contenders(answers, tolerance)
     del answers
 
     read = _bytes_of(arguments)
-    probing = probes(arguments, written > COPY_SHARE * (read + written), platform)
+    probing = bounds.memory_probes(arguments, written > COPY_SHARE * (read + written), platform)
+    if platform == "cpu":
+        if problem.tree and bounds.ONE_ARRAY in results:
+            tree = jax.eval_shape(partial(as_tree, problem), arguments)
+            probing += bounds.leaf_probes(tree, arguments, results[OURS], results[bounds.ONE_ARRAY])
+        elif new and not row.donated:
+            probing.append(bounds.new_page_probe(new))
+        if row.multiply_adds is not None:
+            probing += bounds.arithmetic_probes()
     timed = [contender for contender in everybody if contender.name not in errors]
     timings = {name: timing for name, timing in timings.items() if name not in errors}
     for probe in probing:
         timings[probe.name] = Timing(first_call(probe)[1])
     interleave([*probing, *timed], timings, repetitions, platform, patience)
 
-    return _row_report(row, problem, platform, timings, errors, [probe.name for probe in probing], read, written)
+    return _row_report(row, problem, platform, timings, errors, probing, read, written, sum(new))
 
 
 def _row_report(
@@ -409,24 +251,26 @@ def _row_report(
     platform: str,
     timings: Mapping[str, Timing],
     errors: Mapping[str, str],
-    probe_names: Sequence[str],
+    probing: Sequence[Probe],
     read: int,
     written: int,
+    new: int,
 ) -> dict[str, Any]:
-    fastest = min(probe_names, key=lambda name: timings[name].seconds)
-    copying = fastest.startswith(COPY_PROBE)
-    rate = read * (1 + copying) / timings[fastest].seconds
-    conclusive = probes_agree(timings[fastest].samples)
+    fastest = bounds.fastest(bounds.MEMORY, probing, timings)
+    assert fastest is not None
+    conclusive = probes_agree(timings[fastest.name].samples)
+    multiply_adds = row.multiply_adds(problem) if row.multiply_adds is not None and platform == "cpu" else 0
+    floor = bounds.floor(read + written, multiply_adds, probing, timings)
+    least = bounds.bound(read + written, new, multiply_adds, probing, timings)
+    contenders = {name: timing for name, timing in timings.items() if name not in {probe.name for probe in probing}}
     ours = timings.get(OURS)
-    ratios = {}
-    fraction = None
+    ratios, reach, fraction, holds = {}, {}, None, False
     if ours is not None:
-        ratios = {
-            name: timing.seconds / ours.seconds
-            for name, timing in timings.items()
-            if name != OURS and name not in probe_names
-        }
-        fraction = (read + written) / rate / ours.seconds
+        ratios = {name: timing.seconds / ours.seconds for name, timing in contenders.items() if name != OURS}
+        fraction = floor.seconds / ours.seconds
+        holds = least is not None and conclusive and least.holds(ours.seconds, timings)
+        if least is not None and holds:
+            reach = {name: max(ratio, contenders[name].seconds / least.seconds) for name, ratio in ratios.items()}
     wanted = row.goals(problem) if platform == "cpu" else row.gpu_goals(problem)
     return {
         "row": row.name,
@@ -438,10 +282,20 @@ def _row_report(
         "donated": list(row.donated),
         "bytes": {"read": read, "written": written, "counted": "every input read once, every result written once"},
         "floor": {
-            "probe": fastest,
-            "bytes_per_second": rate,
-            "seconds": (read + written) / rate,
-            "samples": {name: timings[name].samples for name in probe_names},
+            "probe": fastest.name,
+            "bytes_per_second": fastest.amount / timings[fastest.name].seconds,
+            "seconds": floor.seconds,
+            "parts": dict(floor.parts),
+        },
+        "bound": None if least is None else {"seconds": least.seconds, "parts": dict(least.parts), "holds": holds},
+        "probes": {
+            probe.name: {
+                "part": probe.part,
+                "amount": probe.amount,
+                "seconds": timings[probe.name].seconds,
+                "samples": timings[probe.name].samples,
+            }
+            for probe in probing
         },
         "contenders": {
             name: {
@@ -451,35 +305,45 @@ def _row_report(
                 "calls_per_sample": timing.calls_per_sample,
                 "first_call_seconds": timing.first_call,
             }
-            for name, timing in timings.items()
-            if name not in probe_names
+            for name, timing in contenders.items()
         },
         "errors": dict(errors),
         "left_out": dict(left_out(row, problem, platform)),
         "ratios": ratios,
         "cold": ours.cold if ours is not None else None,
         "fraction_of_floor": fraction,
-        "goals": judged(wanted, {**ratios, FLOOR: fraction} if fraction is not None else ratios, conclusive),
+        "goals": judged(wanted, {**ratios, FLOOR: fraction} if fraction is not None else ratios, reach, conclusive),
         "conclusive": conclusive,
     }
 
 
-def judged(wanted: Goals, reached: Mapping[str, float], conclusive: bool) -> dict[str, dict[str, Any]]:
-    """Every goal beside what was reached; ``met`` is ``None`` where the run cannot tell.
+def judged(
+    wanted: Goals, reached: Mapping[str, float], reach: Mapping[str, float], conclusive: bool
+) -> dict[str, dict[str, Any]]:
+    """Every goal beside what was reached, and what the least time would have reached (``reach``).
 
-    A fraction of the floor well above 1 is a fault of the probe and proves nothing either.
+    ``met`` is ``None`` where the run cannot tell. A fraction of the floor well above 1 is a fault of the probe and
+    proves nothing either. ``out_of_reach``: not met, and at the least time it would not be.
     """
 
     def met(name: str, goal: Goal) -> bool | None:
         value = reached.get(name)
-        if value is None or not conclusive or (name == FLOOR and value > 1.1):
+        if value is None or not conclusive or (name == FLOOR and value > bounds.FAULT):
             return None
         return value >= goal.least
 
-    return {
-        name: {"least": goal.least, "stretch": goal.stretch, "reached": reached.get(name), "met": met(name, goal)}
-        for name, goal in wanted.items()
-    }
+    result = {}
+    for name, goal in wanted.items():
+        is_met, most = met(name, goal), reach.get(name)
+        result[name] = {
+            "least": goal.least,
+            "stretch": goal.stretch,
+            "reached": reached.get(name),
+            "met": is_met,
+            "reach": most,
+            "out_of_reach": is_met is False and most is not None and most < goal.least,
+        }
+    return result
 
 
 # --- The price of a call --------------------------------------------------------------------------------------

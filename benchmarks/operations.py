@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,6 +105,8 @@ class Row:
     ``donated``: the positions of the arguments that a call may write its results over, in their order. The next call
     takes those results in their place, as the next round of a server does. Everybody has copies of their own.
 
+    ``multiply_adds``: how many no code does without, of a row that may have more arithmetic to do than bytes to move.
+
     ``left_out``: contenders that are not measured for a problem on a CPU, each with the reason.
     """
 
@@ -117,6 +120,7 @@ class Row:
     references: Mapping[str, Reference] = field(default_factory=dict)
     systems: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     variant: str = ""
+    multiply_adds: Callable[[Problem], int] | None = None
     donated: tuple[int, ...] = ()
     problems: tuple[Problem, ...] = PROBLEMS
     gpu_problems: tuple[Problem, ...] = GPU_PROBLEMS
@@ -634,6 +638,7 @@ ROWS: tuple[Row, ...] = (
         best=forms.best_distances,
         numpy=forms.numpy_distances,
         torch=forms.torch_distances,
+        multiply_adds=lambda problem: math.comb(problem.clients, 2) * problem.parameters,
         problems=tuple(_DISTANCE_GOALS),
         gpu_problems=tuple(_DISTANCE_GOALS),
         goals=lambda problem: _DISTANCE_GOALS.get(problem, {}),

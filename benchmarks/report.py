@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fedfuse_jax as ff
-from benchmarks import footprint, instruction_sets
+from benchmarks import footprint, instruction_sets, kept_memory
+from benchmarks.bounds import FAULT
 from benchmarks.operations import FLOOR, OURS, PEERS, Problem
 from benchmarks.systems import SYSTEMS
 
 Report = dict[str, Any]
 
-SCHEMA = 2
+SCHEMA = 3
 COLUMNS = ("operation", "clients x parameters", "ms", "cold", *(f"vs {peer}" for peer in PEERS), "of floor", "goals")
 SYSTEM_COLUMNS = ("rule", "clients x parameters", "ms", *(f"vs {system}" for system in SYSTEMS))
 TREE_COLUMNS = ("operation", "a tree", "ms", "time over one array's", "goal")
+MISSED_COLUMNS = ("missed goals", "clients x parameters", "goal", "reached", "at the bound", "ms", "the bound, ms")
+OUT_OF_REACH = "out of reach"
 _SIGNS = {True: "met", False: "missed", None: "open"}
+_COLORS_OF_SIGNS = {"met": "green", "missed": "red", OUT_OF_REACH: "cyan", "open": "yellow"}
+# A goal that is missed by more than this share of it is missed by far.
+FAR = 0.3
 
 
 # --- On disk --------------------------------------------------------------------------------------------------
@@ -67,15 +75,65 @@ def _ratio(row: Mapping[str, Any], name: str) -> str:
     return f"{_number(row['ratios'][name])}x" if name in row["ratios"] else "-"
 
 
-def goal_words(row: Mapping[str, Any]) -> list[tuple[str, bool | None]]:
-    """Each goal in words, and whether it is met."""
-    words: list[tuple[str, bool | None]] = []
+def sign(goal: Mapping[str, Any]) -> str:
+    """What a goal's row says of it, in a word or three."""
+    return OUT_OF_REACH if goal["out_of_reach"] else _SIGNS[goal["met"]]
+
+
+def _unit(name: str) -> str:
+    return "" if name == FLOOR else "x"
+
+
+def goal_words(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each goal in words, and whether it is met; one that is out of reach with what the least time would reach."""
+    words = []
     for name, goal in row["goals"].items():
-        unit = "" if name == FLOOR else "x"
+        unit = _unit(name)
         stretch = "" if goal["stretch"] is None else f" ({goal['stretch']:g})"
         reached = "not measured" if goal["reached"] is None else f"{_number(goal['reached'])}{unit}"
-        words.append((f"{name} {reached} of {goal['least']:.3g}{stretch}{unit}", goal["met"]))
+        most = f", {_number(goal['reach'])}{unit} at the bound" if goal["out_of_reach"] else ""
+        words.append((f"{name} {reached} of {goal['least']:.3g}{stretch}{unit}{most}", sign(goal)))
     return words
+
+
+def goal_counts(report: Report) -> str:
+    """How many goals of the rows were met and how many not, in a sentence; empty where there are none."""
+    goals = [goal for row in report["rows"] for goal in row["goals"].values()]
+    if not goals:
+        return ""
+    counts = Counter(map(sign, goals))
+    far = sum(sign(goal) == "missed" and goal["reached"] < (1 - FAR) * goal["least"] for goal in goals)
+    return (
+        f"Of {len(goals)} goals for operations {counts['met']} are met, {counts['missed']} missed ({far} by more than "
+        f"{FAR * 100:g} %), {counts[OUT_OF_REACH]} out of reach of any code on this machine in this run, and "
+        f"{counts['open']} open."
+    )
+
+
+def _bound_words(bound: Mapping[str, Any] | None) -> str:
+    if bound is None:
+        return "-"
+    parts = " + ".join(f"{part} {_number(seconds * 1e3)}" for part, seconds in bound["parts"].items())
+    return parts if bound["holds"] else f"{parts} (unsure)"
+
+
+def missed_cells(report: Report) -> list[list[str]]:
+    """Every goal that is not met, beside what the least time would reach and what that time is made of."""
+    return [
+        [
+            row["row"],
+            _label(row),
+            f"{name} {goal['least']:.3g}{_unit(name)}",
+            f"{_number(goal['reached'])}{_unit(name)}",
+            ("-" if goal["reach"] is None else f"{_number(goal['reach'])}x")
+            + (f": {OUT_OF_REACH}" if goal["out_of_reach"] else ""),
+            _number(row["contenders"][OURS]["seconds"] * 1e3),
+            _bound_words(row["bound"]),
+        ]
+        for row in report["rows"]
+        for name, goal in row["goals"].items()
+        if goal["met"] is False
+    ]
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -88,7 +146,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         "wrong" if ours is None else _number(ours["seconds"] * 1e3),
         "-" if row["cold"] is None else f"{_number(row['cold'])}x",
         *(_ratio(row, peer) for peer in PEERS),
-        "-" if fraction is None else f"{fraction:.2f}" + (" (probe fault)" if fraction > 1.1 else ""),
+        "-" if fraction is None else f"{fraction:.2f}" + (" (probe fault)" if fraction > FAULT else ""),
     ]
 
 
@@ -142,7 +200,7 @@ def tree_cells(report: Report) -> list[list[str]]:
     for row in report["rows"]:
         if "one array" in row["ratios"]:
             goal = row["goals"].get("one array")
-            words = f"at most {1 / goal['least']:.3g}x: {_SIGNS[goal['met']]}" if goal else "-"
+            words = f"at most {1 / goal['least']:.3g}x: {sign(goal)}" if goal else "-"
             rows.append([*cells(row)[:3], f"{1 / row['ratios']['one array']:.2f}x", words])
     return rows
 
@@ -212,10 +270,32 @@ def instruction_set_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     ], rows
 
 
+def kept_memory_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """What large results cost where new memory is cleared for each, and where it is kept."""
+    kinds, rows = kept_memory.KINDS, []
+    for row in kept_memory.compared(report["kept_memory"]):
+        milliseconds = [
+            _number(row["seconds"][form][kind] * 1e3) if kind in row["seconds"][form] else "-"
+            for form in kept_memory.FORMS
+            for kind in kinds
+        ]
+        over = row["over_forward"]
+        signs = {kind: f": {_SIGNS[goal['met']]}" for kind, goal in row["goals"].items()}
+        ratios = [f"{_number(over[kind])}x{signs.get(kind, '')}" if kind in over else "-" for kind in kinds]
+        rows.append([row["row"], _problem(row).label, *milliseconds, *ratios])
+    forms = ("ms", f"{kept_memory.BEST}, ms")
+    goal = f"over forward (at most {kept_memory.MOST:g}x)"
+    return [
+        "by memory",
+        "clients x parameters",
+        *(f"{name}, {kind}" for name in (*forms, goal) for kind in kinds),
+    ], rows
+
+
 def markdown(report: Report) -> str:
     """The tables that README and docs embed, so that no figure is ever typed."""
     rows = [
-        [*cells(row), ", ".join(f"{words}: {_SIGNS[met]}" for words, met in goal_words(row)) or "-"]
+        [*cells(row), ", ".join(f"{words}: {said}" for words, said in goal_words(row)) or "-"]
         for row in report["rows"]
         if not row["tree"] and not is_of_a_system(row)
     ]
@@ -231,18 +311,24 @@ def markdown(report: Report) -> str:
         *([f"{weighed}."] if weighed else []),
         "Ratios are a contender's time over ours in the same run (above 1: we are faster); *cold* is our first call\n"
         "after somebody else's turn over the calls that follow it, of which *ms* and all ratios speak; the floor is\n"
-        "the time to move every input and every result once at the rate a probe reached between the calls. Medians of "
+        "the time to move every input and every result once at the rate a probe reached between the calls. A goal is\n"
+        "called *out of reach* if it would be missed in the least time, too, that probes allow (the bound). Medians of "
         f"{report['options']['repetitions']} interleaved repetitions{fewer}.",
+        *([counts] if (counts := goal_counts(report)) else []),
         *([markdown_table(COLUMNS, rows)] if rows else []),
     ]
     if others := system_cells(report):
         parts.append(markdown_table(SYSTEM_COLUMNS, others))
     if trees := tree_cells(report):
         parts.append(markdown_table(TREE_COLUMNS, trees))
+    if missed := missed_cells(report):
+        parts.append(markdown_table(MISSED_COLUMNS, missed))
     if report["curves"]:
         parts.append(markdown_table(*curve_cells(report)))
     if report["instruction_sets"]:
         parts.append(markdown_table(*instruction_set_cells(report)))
+    if report["kept_memory"]:
+        parts.append(markdown_table(*kept_memory_cells(report)))
     if report["overhead"]:
         parts.append(markdown_table(*overhead_cells(report)))
     if left_out := left_out_words(report):
@@ -292,7 +378,6 @@ def show(report: Report) -> None:
     except ImportError:
         print(markdown(report))
         return
-    colors = {True: "green", False: "red", None: "yellow"}
     # Without a terminal rich would cut the table to 80 columns; a log has room.
     console = Console() if os.isatty(1) else Console(width=200)
     table = Table(title=f"{OURS} against others (ratio of times) and against the memory", caption=_headline(report))
@@ -301,23 +386,29 @@ def show(report: Report) -> None:
     for row in report["rows"]:
         if row["tree"] or is_of_a_system(row):
             continue
-        goals = Text("\n").join(Text(words, colors[met]) for words, met in goal_words(row))
+        goals = Text("\n").join(Text(words, _COLORS_OF_SIGNS[said]) for words, said in goal_words(row))
         style = None if row["conclusive"] else "dim italic"
         table.add_row(*cells(row), goals, style=style)
+    if counts := goal_counts(report):
+        console.print(counts, markup=False)
     if report["rows"]:
         console.print(table)
     if others := system_cells(report):
         _show_plain(console, Table(title="Other systems' rules"), SYSTEM_COLUMNS, others)
     if trees := tree_cells(report):
         _show_plain(console, Table(title="A tree of many leaves"), TREE_COLUMNS, trees)
+    if missed := missed_cells(report):
+        _show_plain(console, Table(title="Missed goals, and the least time there is"), MISSED_COLUMNS, missed)
     if report["curves"]:
         _show_plain(console, Table(title="Bytes moved a second over what a probe reads"), *curve_cells(report))
     if report["instruction_sets"]:
         _show_plain(console, Table(title="The kernels of each instruction set"), *instruction_set_cells(report))
+    if report["kept_memory"]:
+        _show_plain(console, Table(title="Memory that is kept"), *kept_memory_cells(report))
     if report["overhead"]:
         _show_plain(console, Table(title="The price of a call"), *overhead_cells(report))
     for words, met in footprint_words(report):
-        console.print(words, style=colors[met], markup=False)
+        console.print(words, style=_COLORS_OF_SIGNS[_SIGNS[met]], markup=False)
     for words in left_out_words(report):
         console.print(f"Left out: {words}", style="dim", markup=False)
     for row in report["rows"]:
@@ -373,6 +464,12 @@ def plots(report: Report, path: Path) -> list[Path]:
     return drawn
 
 
+def _entitle(figure: Any, title: str, report: Report) -> None:
+    """A title as wide as the figure has room for: an inch holds fourteen letters of that size."""
+    machine = textwrap.wrap(_headline(report), int(14 * figure.get_size_inches()[0]))
+    figure.suptitle("\n".join([f"FedFuse-JAX: {title}", *machine]), fontsize=9)
+
+
 def _plot_curves(report: Report, path: Path) -> None:
     """Bytes a second against the number of clients, a line an operation, under the probe's rate as the roof."""
     from matplotlib import pyplot
@@ -402,7 +499,7 @@ def _plot_curves(report: Report, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    axes.set_title(f"FedFuse-JAX: bytes moved a second\n{_headline(report)}", fontsize=9)
+    _entitle(figure, "bytes moved a second", report)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -464,6 +561,6 @@ def _plot_ratios(report: Report, title: str, rows: Sequence[Mapping[str, Any]], 
         axes.grid(axis="x", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", length=0)
-    figure.suptitle(f"FedFuse-JAX: {title}\n{_headline(report)}", fontsize=10)
+    _entitle(figure, title, report)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

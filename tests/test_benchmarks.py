@@ -21,7 +21,17 @@ import pytest
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
-from benchmarks import curves, footprint, forms, instruction_sets, measure, operations, report, systems, trees
+from benchmarks import (
+    curves,
+    footprint,
+    forms,
+    measure,
+    operations,
+    report,
+    stopwatch,
+    systems,
+    trees,
+)
 from benchmarks.operations import FLOOR, OURS, ROWS, TINY, Problem
 from fedfuse_jax import _primitive
 
@@ -82,7 +92,7 @@ def test_state_is_donated_and_threaded(row: operations.Row) -> None:
     expected = jax.jit(row.call)(*jax.jit(row.call)(*arguments), *arguments[len(row.donated) :])
     others = ["torch"] if importlib.util.find_spec("torch") else []
     for contender in measure.contenders(row, TINY, arguments, "cpu", others):
-        first, _ = measure.first_call(contender)
+        first, _ = stopwatch.first_call(contender)
         assert contender.answer is not None
         contender.answer(first)
         second = contender.start()
@@ -209,7 +219,7 @@ def test_goals_of_trees_are_judged() -> None:
     measured = measure.measure_row(row_named("weighted_sum"), Problem(3, 64, tree="4 leaves"), repetitions=1)
     measured["ratios"]["one array"] = 1 / 1.25
     measured["goals"] = measure.judged(
-        row_named("weighted_sum").goals(operations.TREE_PROBLEM), measured["ratios"], True
+        row_named("weighted_sum").goals(operations.TREE_PROBLEM), measured["ratios"], {}, True
     )
     (cells,) = report.tree_cells({"rows": [measured]})
     assert cells[1] == "3 x 64 float32 in 4 leaves" and cells[3:] == ["1.25x", "at most 1.1x: missed"]
@@ -219,7 +229,7 @@ def test_goals_of_trees_are_judged() -> None:
 
 
 def measured_beside(answer: np.ndarray) -> report.Report:
-    extra = measure.Contender("planted", lambda: answer, answer=lambda result: [result])
+    extra = stopwatch.Contender("planted", lambda: answer, answer=lambda result: [result])
     return measure.measure_row(row_named("weighted_sum"), TINY, repetitions=1, extra=[extra])
 
 
@@ -251,7 +261,7 @@ def test_a_contender_that_raises_stops_nobody() -> None:
     def start() -> None:
         raise RuntimeError("no such thing here\nand a long story")
 
-    extra = measure.Contender("planted", start)
+    extra = stopwatch.Contender("planted", start)
     measured = measure.measure_row(row_named("weighted_sum"), TINY, repetitions=1, extra=[extra])
     assert measured["errors"] == {"planted": "RuntimeError: no such thing here"}
     assert OURS in measured["contenders"]
@@ -262,10 +272,10 @@ def test_two_that_disagree_are_both_wrong() -> None:
 
 
 def test_probes_that_differ_make_a_row_inconclusive() -> None:
-    assert measure.probes_agree([1.0, 1.1, 1.3, 1.35])
-    assert not measure.probes_agree([1.0, 1.1, 1.6, 1.7])
-    assert not measure.probes_agree([1.7, 1.6, 1.0, 1.1])
-    assert measure.probes_agree([1.0])
+    assert stopwatch.probes_agree([1.0, 1.1, 1.3, 1.35])
+    assert not stopwatch.probes_agree([1.0, 1.1, 1.6, 1.7])
+    assert not stopwatch.probes_agree([1.7, 1.6, 1.0, 1.1])
+    assert stopwatch.probes_agree([1.0])
 
 
 def test_an_inconclusive_row_meets_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,25 +287,27 @@ def test_an_inconclusive_row_meets_and_misses_nothing(monkeypatch: pytest.Monkey
 
 def test_goals_are_judged() -> None:
     wanted = operations.goals(best=2, torch=3, floor=(0.5, 0.8))
-    judged = measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, True)
+    judged = measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, {}, True)
     assert {name: goal["met"] for name, goal in judged.items()} == {"jnp best": True, "torch": None, FLOOR: False}
-    assert all(goal["met"] is None for goal in measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, False).values())
+    assert all(
+        goal["met"] is None for goal in measure.judged(wanted, {"jnp best": 2.5, FLOOR: 0.4}, {}, False).values()
+    )
     # Faster than the memory: the probe is at fault, so nothing is proven.
-    assert measure.judged(wanted, {FLOOR: 1.3}, True)[FLOOR]["met"] is None
+    assert measure.judged(wanted, {FLOOR: 1.3}, {}, True)[FLOOR]["met"] is None
 
 
 def test_a_turn_begins_with_a_cold_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is not among the samples; long calls do without."""
     turns = []
 
-    def sample(contender: measure.Contender, calls: int, platform: str) -> float:
+    def sample(contender: stopwatch.Contender, calls: int, platform: str) -> float:
         cold = not turns or turns[-1] != contender.name
         turns.append(contender.name)
         return {"short": 0.03 if cold else 0.01, "long": 1.0}[contender.name]
 
-    monkeypatch.setattr(measure, "sample", sample)
-    timings = {name: measure.Timing(0.0) for name in ("short", "long")}
-    measure.interleave([measure.Contender(name, lambda: None) for name in timings], timings, 2, "cpu")
+    monkeypatch.setattr(stopwatch, "sample", sample)
+    timings = {name: stopwatch.Timing(0.0) for name in ("short", "long")}
+    stopwatch.interleave([stopwatch.Contender(name, lambda: None) for name in timings], timings, 2, "cpu")
     assert timings["long"].samples == [1.0, 1.0] and timings["long"].cold_samples == []
     assert timings["long"].cold is None
     assert timings["short"].samples == [0.01, 0.01] and len(timings["short"].cold_samples) == 2
@@ -317,35 +329,26 @@ def test_nobody_holds_anothers_result() -> None:
         return right_answer()
 
     extra = [
-        measure.Contender("watcher", watch, answer=lambda result: [result]),
-        measure.Contender("planted", start, answer=lambda result: [np.array(result)]),
+        stopwatch.Contender("watcher", watch, answer=lambda result: [result]),
+        stopwatch.Contender("planted", start, answer=lambda result: [np.array(result)]),
     ]
     measured = measure.measure_row(row_named("weighted_sum"), TINY, repetitions=3, extra=extra)
     assert measured["errors"] == {} and len(results) > 3
 
 
 def test_impatience_stops_after_three_samples() -> None:
-    slow = measure.Contender("slow", lambda: time.sleep(0.01))
-    timings = {"slow": measure.Timing(0.0)}
-    measure.interleave([slow], timings, 7, "cpu", patience=0.02)
+    slow = stopwatch.Contender("slow", lambda: time.sleep(0.01))
+    timings = {"slow": stopwatch.Timing(0.0)}
+    stopwatch.interleave([slow], timings, 7, "cpu", patience=0.02)
     assert len(timings["slow"].samples) == 3
 
 
 def test_long_calls_are_made_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "sample", lambda contender, calls, platform: 6.0)
+    monkeypatch.setattr(stopwatch, "sample", lambda contender, calls, platform: 6.0)
     for repetitions, patience, samples in ((7, 1.0, 2), (1, 1.0, 1), (7, 7.0, 3), (7, 13.0, 3), (7, math.inf, 7)):
-        timings = {"slow": measure.Timing(0.0)}
-        measure.interleave([measure.Contender("slow", lambda: None)], timings, repetitions, "cpu", patience)
+        timings = {"slow": stopwatch.Timing(0.0)}
+        stopwatch.interleave([stopwatch.Contender("slow", lambda: None)], timings, repetitions, "cpu", patience)
         assert len(timings["slow"].samples) == samples
-
-
-@pytest.mark.parametrize("copy", [False, True])
-def test_probes_touch_every_word(copy: bool) -> None:
-    arrays = [jnp.ones((4, 64), jnp.bfloat16), jnp.ones(7)]
-    names = [probe.name for probe in measure.probes(arrays, copy, "cpu")]
-    assert all(name.startswith(measure.COPY_PROBE if copy else measure.READ_PROBE) for name in names)
-    pieces = measure._pieces([np.asarray(array) for array in arrays], 3)
-    assert sum(piece.nbytes for piece in pieces) == 4 * 64 * 2 + 6 * 4
 
 
 # --- The curves -----------------------------------------------------------------------------------------------
@@ -393,46 +396,6 @@ def test_curves_are_measured_alone(
         assert (tmp_path / f"{path.stem}-roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- The instruction sets -------------------------------------------------------------------------------------
-
-
-def test_instruction_sets_are_compared() -> None:
-    def run(name: str, seconds: float) -> dict[str, Any]:
-        row = {
-            "row": "trimmed_mean",
-            "clients": 32,
-            "parameters": 64,
-            "dtype": "float32",
-            "tree": "",
-            "seconds": seconds,
-        }
-        return {"instruction_set": name, "rows": [row]}
-
-    seconds = {"avx512": (2e-3, 9e-3, 1e-3), "avx2": (3e-3, 5e-3, 1e-3), "baseline": (9e-3, 9e-3, 9e-3)}
-    runs = [run(name, values[turn]) for turn in range(3) for name, values in seconds.items()]
-    (row,) = instruction_sets.compared(runs)
-    assert row["ratios"] == pytest.approx({"avx512": 1, "avx2": 1.5, "baseline": 4.5})
-    assert {name: goal["met"] for name, goal in row["goals"].items()} == {"avx2": True, "baseline": False}
-    (cells,) = report.instruction_set_cells({"instruction_sets": runs})[1]
-    assert cells[2:5] == ["2.00", "1.50x", "4.50x"] and "baseline at most 4x: missed" in cells[5]
-    (row,) = instruction_sets.compared(runs[1:3])
-    assert row["ratios"] == row["goals"] == {}  # nothing to compare with
-    assert report.instruction_set_cells({"instruction_sets": runs[1:3]})[1][0][2:] == ["-", "-", "-", "-"]
-
-
-def test_instruction_sets_are_measured_in_their_own_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(instruction_sets, "QUICK_PROBLEMS", (TINY,))
-    assert command_line.main(["--instruction-sets", "--quick", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
-    result = report.load(path)
-    assert [run["instruction_set"] for run in result["instruction_sets"]] == instruction_sets.supported()
-    for run in result["instruction_sets"]:
-        assert {row["row"] for row in run["rows"]} == set(instruction_sets.NAMES)
-        assert all(row["seconds"] > 0 for row in run["rows"])
-
-
 # --- The footprint --------------------------------------------------------------------------------------------
 
 
@@ -474,7 +437,8 @@ def test_the_file_has_its_schema(finished: tuple[report.Report, Path]) -> None:
     assert {(row["row"], row["tree"]) for row in result["rows"]} >= {("weighted_sum", ""), ("weighted_sum", "3 leaves")}
     for row in result["rows"]:
         assert row["bytes"]["read"] > 0 and row["bytes"]["written"] > 0
-        assert row["floor"]["bytes_per_second"] > 0
+        assert row["floor"]["bytes_per_second"] > 0 and row["bound"]["seconds"] > 0
+        assert all(len(probe["samples"]) == 2 for probe in row["probes"].values())
         assert isinstance(row["conclusive"], bool) and row["fraction_of_floor"] > 0
         assert all(len(timing["samples"]) == 2 for timing in row["contenders"].values())
         assert len(row["contenders"][OURS]["cold_samples"]) == 2 and row["cold"] > 0
