@@ -41,9 +41,11 @@ ARRANGEMENTS = ("any", "sorted", "padded", "one place", "almost sorted")
 
 
 @pytest.mark.parametrize("arrange", ARRANGEMENTS)
-@pytest.mark.parametrize(("k", "num_params"), [(1, 1), (7, 5), (300, 1), (50, 40_000), (5000, 2_200_000), (0, 9)])
+@pytest.mark.parametrize(
+    ("k", "num_params"), [(1, 1), (7, 5), (300, 1), (50, 40_000), (9000, 3000), (5000, 2_200_000), (0, 9)]
+)
 def test_sparse_sum_of_many_sizes(arrange, k, num_params):
-    """From one tile to dozens; the last size has tiles of the greatest width."""
+    """From one tile to dozens, every coordinate of some; the greatest has tiles of the greatest width."""
     values, indices, weights = sparse_problem(k, 3, k, num_params, arrange)
     got = ff.topk_sparse_weighted_sum(values, indices, weights, num_params)
     oracle.assert_matches(got, oracle.topk_sparse_weighted_sum(values, indices, weights, num_params))

@@ -537,7 +537,7 @@ MUTANTS = (
     Mutant(COMPRESSED, COMPRESSED_TILES, "return static_cast<std::uint32_t>(index) < end;", "return index < 1 << 30;",
            "an index out of range is not ignored", compressed("sparse_sum_of_many")),
     Mutant(COMPRESSED, COMPRESSED_TILES, "static_cast<std::uint32_t>(indices[i]) - origin < count;",
-           "static_cast<std::uint32_t>(indices[i]) - origin <= count;", "two threads pick one entry",
+           "static_cast<std::uint32_t>(indices[i]) - origin < count - 1;", "nobody picks a range's last coordinate",
            compressed("sparse_sum_of_many")),
     Mutant(COMPRESSED, COMPRESSED_TILES, "std::min((first_tile + tiles_of_pick_) << width_bits_, shape.coordinates)",
            "std::min((first_tile + 1) << width_bits_, shape.coordinates)", "picks for its first tile only",

@@ -15,11 +15,12 @@ namespace {
 
 // ---- Pairs ----------------------------------------------------------------------------------------------------------
 
-// A task has the pairs of two groups of clients, over one segment of the coordinates; of them it works on so many
-// columns at a time, which stay in the second-level cache.
+// A task has the pairs of two groups of clients, over one segment of the coordinates. Of them it works on so many
+// columns at a time: those of a group stay in the second-level cache, those of kPairRows clients and of as many others
+// in the first-level one, and yet the sums are seldom added up in float64.
 constexpr std::int64_t kMostGroupClients = 128;
 constexpr std::int64_t kFewestGroupClients = 32;
-constexpr std::int64_t kPairColumns = 1024;
+constexpr std::int64_t kPairColumns = 768;
 
 // The clients in groups as like in size as can be. Every group meets every other one, and reads it anew: large groups,
 // but small ones where there would not be tasks enough to keep the threads busy.

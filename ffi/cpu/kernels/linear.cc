@@ -362,8 +362,7 @@ struct Linear {
           if constexpr (sizeof(Accumulator) == sizeof(double)) {
             store(lanes, load<double>(lanes) + block[i][j]);
           } else {
-            store(lanes,
-                  load<double>(lanes) + (DoubleSums::doubles(block[i][j], 0) + DoubleSums::doubles(block[i][j], 1)));
+            store(lanes, load<double>(lanes) + widen_folded(block[i][j]));
           }
         }
       }

@@ -154,10 +154,11 @@ FEDFUSE_INLINE typename HalfOf<Lane>::Native half_of(Vector<Lane> lanes, bool up
   return pick<Lane>(lanes, upper, std::make_integer_sequence<int, kLanes<Lane> / 2>());
 }
 
-// A half of the lanes as float64. (GCC 12 makes four conversions, of two lanes each and put together again, of what an
-// instruction does.)
-FEDFUSE_INLINE Vector<double> widen_half(Vector<float> lanes, bool upper) {
-  const auto half = half_of<float>(lanes, upper);
+// As many floats as float64 has lanes. (GCC 12 makes four conversions, of two lanes each and put together again, of
+// what an instruction does.)
+template <typename HalfVector>
+FEDFUSE_INLINE Vector<double> widen_floats(HalfVector half) {
+  static_assert(sizeof(half) * 2 == sizeof(Vector<double>));
 #if defined(__AVX512F__)
   return reinterpret_cast<Vector<double>>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(half)));
 #elif defined(__AVX2__)
@@ -165,6 +166,16 @@ FEDFUSE_INLINE Vector<double> widen_half(Vector<float> lanes, bool upper) {
 #else
   return __builtin_convertvector(half, Vector<double>);
 #endif
+}
+
+// A half of the lanes as float64.
+FEDFUSE_INLINE Vector<double> widen_half(Vector<float> lanes, bool upper) {
+  return widen_floats(half_of<float>(lanes, upper));
+}
+
+// The lanes of both halves, added up, as float64.
+FEDFUSE_INLINE Vector<double> widen_folded(Vector<float> lanes) {
+  return widen_floats(half_of<float>(lanes, false) + half_of<float>(lanes, true));
 }
 
 // A half of the lanes as unsigned integers in lanes twice as wide.
