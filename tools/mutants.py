@@ -31,7 +31,7 @@ TIMEOUT = 900  # seconds a fault may keep the tests busy: an endless loop counts
 LINEAR, ORDER = "linear", "order statistics"
 PRIVATE, SERVER = "private", "server optimizers"
 BYZANTINE, ADAPTERS, COMPRESSED = "byzantine", "adapters", "compressed"
-LAUNCHES, THREADS = "launches", "threads"
+LAUNCHES, THREADS, MEMORY = "launches", "threads", "memory"
 
 # Which tests to ask: pytest's own words.
 DEFINITIONS = ("tests/test_reference.py", "-k", "definitions or anything or scipy or 28 or trim_counts")
@@ -41,6 +41,7 @@ NETWORKS = ("tests/test_networks.py",)
 NATIVE = ("tests/test_export.py", "-k", "too_small")
 GEOMETRY = ("tests/test_cuda_build.py", "-k", "geometry")
 SHARED_WORK = ("tests/test_executor.py",)
+HUGE_PAGES = ("tests/test_pages.py",)
 ERRORS = ("tests/test_errors.py",)
 SENSITIVITY = ("tests/test_private.py", "-k", "one_client or lone or float64 or bound")
 NOISE = ("tests/test_private.py", "-k", "noise or keys or adds_nothing or counters or generators")
@@ -109,7 +110,7 @@ PRE_AGGREGATORS, STACKING = "fedfuse_jax/fedjax/pre_aggregators.py", "fedfuse_ja
 SELECTION, FLOWER = "fedfuse_jax/compat/_selection.py", "fedfuse_jax/compat/flower/aggregators.py"
 FLOWER_SERVER, FORMS = "fedfuse_jax/compat/flower/optimizers.py", "fedfuse_jax/compat/flower/_forms.py"
 BYZFL = "fedfuse_jax/compat/byzfl/aggregators.py"
-LAUNCH = "ffi/cuda/launch.h"
+LAUNCH, PAGES = "ffi/cuda/launch.h", "ffi/cpu/pages.cc"
 
 MUTANTS = (
     # --- Linear operations: definitions -------------------------------------------------------------------------
@@ -347,6 +348,20 @@ MUTANTS = (
     Mutant(THREADS, EXECUTOR, "        begin(index + 1);\n", "        if (!failed_) begin(index + 1);\n",
            "after a failure the next stage is waited for in vain", SHARED_WORK),
     Mutant(THREADS, EXECUTOR, "if (stage > 0) wait_for(stage);", "", "sums begin before norms are known", SHARED_WORK),
+    # --- Memory -------------------------------------------------------------------------------------------------
+    Mutant(MEMORY, PAGES, "span.begin < spans->back().end + kPage", "span.begin <= spans->back().end + kPage",
+           "somebody else's page counts as ours", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "std::max(spans->back().end, span.end)", "span.end",
+           "a result without elements cuts off the one it lies in", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "(span.begin + kHugePage - 1) / kHugePage * kHugePage", "span.begin / kHugePage * kHugePage",
+           "the first page begins before the results", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "return a.begin < b.begin;", "return false;",
+           "neighbours are only found in the order of the leaves", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "there < kSmallPages / 2", "there < kSmallPages", "pages nearly there are made anew",
+           HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "for (const Span& begun : begun_pages(span)) advise(begun, kCollapse);", "",
+           "the allocator's few bytes keep huge pages away", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "if (threads > kMostThreadsToWait) continue;", "", "many threads wait for one", HUGE_PAGES),
     # --- Server optimizers --------------------------------------------------------------------------------------
     Mutant(SERVER, REFERENCE, "first = b1 * first + delta\n", "first = b1 * first + (1 - b1) * delta\n",
            "momentum with damping", battery("eager", "fedavgm"), without_kernels=True),

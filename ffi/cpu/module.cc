@@ -24,7 +24,7 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
     const Call call = decode_call(operation, operands, results, attributes);
     const std::string error = read(call, problem.get());
     if (!error.empty()) return failed(ffi::Error::InvalidArgument(error));
-    for (const Buffer& result : call.results) prefer_huge_pages(result.data, bytes_of(result));
+    prefer_huge_pages(call.results, pool.num_threads());
     return execute(pool, cut(std::shared_ptr<const Problem>(std::move(problem))));
   } catch (const std::exception& error) {
     return failed(ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error.what()));

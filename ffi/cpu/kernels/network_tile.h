@@ -25,9 +25,11 @@ constexpr int kTileColumns = kTileBytes / static_cast<int>(sizeof(Lane));
 template <typename Lane>
 constexpr int kMaxNetworkRows = sizeof(Lane) == 8 ? 96 : 128;
 
-// Not to L1, which a tile of many rows would fill. The address may lie outside the array.
+// Fetches a line's worth of bytes; not to L1, which a tile of many rows would fill. If they are of two lines, it is the
+// second that is missing: the first came with the bytes before. The address may lie outside the array.
 FEDFUSE_INLINE void fetch_to_l2(const void* pointer, std::int64_t bytes) {
-  const auto address = reinterpret_cast<std::uintptr_t>(pointer) + static_cast<std::uintptr_t>(bytes);
+  const std::int64_t last = bytes + kCacheLineBytes - 1;
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer) + static_cast<std::uintptr_t>(last);
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
 }
 
