@@ -104,16 +104,14 @@ class SparseSum {
     for (std::int64_t client = 0; client < shape.clients; ++client) {
       if (!is_present(problem_->where, shape.batch, batch, client)) continue;
       const std::int32_t* indices = row_of<std::int32_t>(problem_->indices, shape.batch, batch, client, shape.entries);
-      const Element* values = row_of<Element>(problem_->values, shape.batch, batch, client, shape.entries);
       const std::int64_t start = place_in(indices, begin_of(first_tile)), stop = place_in(indices, begin_of(last_tile));
-      // Nobody adds what lies before the first coordinate and beyond the last. The ends are compared since in rows that
-      // are not sorted, such as those padded with -1, they mostly show it.
-      if ((shape.entries > 0 && indices[0] > indices[shape.entries - 1]) ||
-          (piece == 0 && !is_sorted(indices, start)) ||
+      // Nobody adds what lies before the first coordinate and beyond the last.
+      if (!may_be_sorted(indices) || (piece == 0 && !is_sorted(indices, start)) ||
           (piece + 1 == pieces_ && !is_sorted(indices + stop, shape.entries - stop))) {
         in_order_ = false;
         return;
       }
+      const Element* values = row_of<Element>(problem_->values, shape.batch, batch, client, shape.entries);
       stretches.push_back({indices + start, indices + stop, values + start, weights[client]});
     }
     Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
@@ -234,6 +232,12 @@ class SparseSum {
   }
 
   static constexpr std::int64_t kLine = 64 / sizeof(std::int32_t);  // indices in a line of the caches
+
+  // A glance at a row: most that are not sorted, such as those in the order of their size or padded with -1, show it.
+  bool may_be_sorted(const std::int32_t* indices) const {
+    const std::int64_t count = problem_->shape.entries;
+    return is_sorted(indices, std::min(count, kLine)) && (count == 0 || indices[0] <= indices[count - 1]);
+  }
 
   // Where in a sorted row a coordinate would be inserted: a number from 0 to `entries`, whatever the row. Begins where
   // it would be if the indices were spread evenly, since a bisection of the whole row is a cache miss at every step.
