@@ -83,6 +83,56 @@ def test_a_last_index_out_of_order_is_added_in_its_client_s_turn(num_params):
     assert ff.topk_sparse_weighted_sum(values, indices, np.ones(3, np.float32), num_params)[5] == 0
 
 
+def added_in_order(values, indices, weights, num_params):
+    total = np.zeros(num_params, np.float32)
+    for own, at, weight in zip(values, indices, weights, strict=True):
+        inside = (at >= 0) & (at < num_params)
+        np.add.at(total, at[inside], weight * own[inside])
+    return total
+
+
+@pytest.mark.skipif(not has_kernel("topk_sparse_weighted_sum"), reason="promised of the kernel")
+@pytest.mark.parametrize("num_params", [40_000, 3_000_000])
+def test_rows_that_are_almost_sorted(num_params):
+    """One index of one client out of order: at an end, among those out of range, beside a tile's end, anywhere."""
+    generator = np.random.default_rng(num_params)
+    k, limits = 3000, np.iinfo(np.int32)
+    total_of = jax.jit(ff.topk_sparse_weighted_sum, static_argnums=3)
+    for attempt in range(70):
+        values, indices, weights = sparse_problem(attempt, 3, k, num_params, "sorted")
+        indices[:, :300], indices[:, -300:] = -1, num_params
+        client, outside = generator.integers(3), generator.integers(300)
+        tile_end = generator.integers(num_params >> 11) << 11
+        border = np.searchsorted(indices[client], tile_end)
+        at = (0, k - 1, border - 1, border, generator.integers(k), outside, k - 1 - outside)[attempt % 7]
+        stray = (-1, 0, tile_end, tile_end - 1, num_params - 1, num_params, limits.min, limits.max)
+        indices[client, at] = generator.choice(stray)
+        wanted = added_in_order(values, indices, weights, num_params)
+        assert np.asarray(total_of(values, indices, weights, num_params)).tobytes() == wanted.tobytes(), attempt
+
+
+@pytest.mark.skipif(not has_kernel("topk_sparse_weighted_sum"), reason="promised of the kernel")
+@pytest.mark.parametrize("num_params", [40_000, 3_000_000])
+def test_a_client_out_of_order_among_others(num_params):
+    """One that is absent does not matter; one of one sum in a batch has all of them right."""
+    values, indices, weights = sparse_problem(2, 4, 2000, num_params, "sorted")
+    shuffled = indices.copy()
+    np.random.default_rng(0).shuffle(shuffled[2])
+    wanted = added_in_order(values, shuffled, weights, num_params)
+    assert np.asarray(ff.topk_sparse_weighted_sum(values, shuffled, weights, num_params)).tobytes() == wanted.tobytes()
+    where = np.array([True, True, False, True])
+    masked = ff.topk_sparse_weighted_sum(values, shuffled, weights, num_params, where=where)
+    assert (
+        np.asarray(masked).tobytes()
+        == added_in_order(values[where], shuffled[where], weights[where], num_params).tobytes()
+    )
+    both = jax.vmap(lambda at: ff.topk_sparse_weighted_sum(values, at, weights, num_params))(
+        jnp.stack([indices, shuffled])
+    )
+    assert np.asarray(both[0]).tobytes() == added_in_order(values, indices, weights, num_params).tobytes()
+    assert np.asarray(both[1]).tobytes() == wanted.tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
 def test_indices_of_any_integer_dtype(dtype):
     """What int32 cannot hold is out of range, not another index."""

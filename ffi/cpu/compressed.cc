@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -6,6 +7,7 @@
 #include "cpu/operations.h"
 #include "cpu/tiles.h"
 #include "math/half.h"
+#include "math/platform.h"
 
 namespace fedfuse {
 namespace {
@@ -62,9 +64,10 @@ void with_type(Type type, Use use) {
   }
 }
 
-// The coordinates are cut into tiles, whose sums stay in cache while the clients go by. Before, each client's entries
-// are put in the order of the tiles, keeping their order within a tile: sorted indices are in that order already. Where
-// all sums fit in cache and there are few threads, each picks its own out of entries as they are.
+// The coordinates are cut into tiles, whose sums stay in cache while the clients go by. All indices are taken for
+// sorted until one is found not to be, and then the sum is begun anew: each client's entries are first put in the order
+// of the tiles, keeping their order within a tile. Where all sums fit in cache and there are few threads, each picks
+// its own out of entries as they are.
 template <typename Float>
 class SparseSum {
   using Accumulator = typename Float::Accumulator;
@@ -74,19 +77,66 @@ class SparseSum {
   explicit SparseSum(std::shared_ptr<const SparseSumProblem> problem)
       : problem_(std::move(problem)), rows_(problem_->shape.batch.count * problem_->shape.clients) {
     while (problem_->shape.coordinates > kTilesWanted << width_bits_ && width_bits_ < kWidestBits) ++width_bits_;
-    tiles_ = (problem_->shape.coordinates + width() - 1) >> width_bits_;
+    tiles_ = quotient_up(problem_->shape.coordinates, std::int64_t{1} << width_bits_);
     const std::int64_t threads = tasks_wanted() / kTilesPerThread;
     picks_ = threads <= kMostPicking && problem_->shape.coordinates <= kMostCoordinatesPicked;
     tiles_of_pick_ = quotient_up(tiles_, threads);
+    pieces_ = std::min(tiles_, tasks_wanted());
+  }
+
+  std::int64_t pieces() const { return problem_->shape.batch.count * pieces_; }
+  std::int64_t rows() const { return rows_; }
+  std::int64_t tiles() const { return problem_->shape.batch.count * tiles_; }
+
+  // Sums neighbouring tiles over the clients, if their indices are sorted; finds out if they are not.
+  //
+  // A piece's entries of a client are those from where its first coordinate would be inserted to where the next piece's
+  // would. If no piece finds any that it may not add, the row is sorted: they follow on one another from piece to
+  // piece, each no less than the one before.
+  void add_sorted(std::int64_t task) {
+    thread_local std::vector<Stretch> stretches;
+    if (!in_order_) return;
+    const SparseShape& shape = problem_->shape;
+    const std::int64_t batch = task / pieces_, piece = task % pieces_;
+    const std::int64_t first_tile = tiles_ * piece / pieces_, last_tile = tiles_ * (piece + 1) / pieces_;
+    const Accumulator* weights = row_of<Accumulator>(problem_->weights, shape.batch, batch, 0, 0);
+    stretches.clear();
+    for (std::int64_t client = 0; client < shape.clients; ++client) {
+      if (!is_present(problem_->where, shape.batch, batch, client)) continue;
+      const std::int32_t* indices = row_of<std::int32_t>(problem_->indices, shape.batch, batch, client, shape.entries);
+      const std::int64_t start = place_in(indices, begin_of(first_tile)), stop = place_in(indices, begin_of(last_tile));
+      // Nobody adds what lies before the first coordinate and beyond the last.
+      if (!may_be_sorted(indices) || (piece == 0 && !is_sorted(indices, start)) ||
+          (piece + 1 == pieces_ && !is_sorted(indices + stop, shape.entries - stop))) {
+        in_order_ = false;
+        return;
+      }
+      const Element* values = row_of<Element>(problem_->values, shape.batch, batch, client, shape.entries);
+      stretches.push_back({indices + start, indices + stop, values + start, weights[client]});
+    }
+    Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
+    for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
+      std::fill(total + begin_of(tile), total + begin_of(tile + 1), Accumulator{0});
+      for (std::size_t i = 0; i < stretches.size(); ++i) {
+        if (!in_order_) return;
+        const Stretch& following = stretches[i + 1 < stretches.size() ? i + 1 : 0];
+        if (!add_stretch(begin_of(tile), begin_of(tile + 1), following, &stretches[i], total)) in_order_ = false;
+      }
+    }
+    for (const Stretch& stretch : stretches) {
+      if (stretch.next != stretch.stop) in_order_ = false;
+    }
+  }
+
+  void begin_anew_unless_in_order() {
+    if (in_order_) return;
     starts_.resize(rows_ * (tiles_ + 1));
     arranged_.resize(rows_);
   }
 
-  std::int64_t rows() const { return rows_; }
-  std::int64_t tiles() const { return problem_->shape.batch.count * tiles_; }
-
   // Finds where each tile's entries begin in a row.
   void arrange(std::int64_t row) {
+    if (in_order_) return;
     const SparseShape& shape = problem_->shape;
     const std::int64_t batch = row / shape.clients, client = row % shape.clients;
     if (!is_present(problem_->where, shape.batch, batch, client)) return;
@@ -101,22 +151,22 @@ class SparseSum {
     }
     const std::int32_t* at = indices;
     for (std::int64_t tile = 0; tile <= tiles_; ++tile) {
-      at = std::lower_bound(at, indices + shape.entries, std::min(tile << width_bits_, shape.coordinates));
+      at = std::lower_bound(at, indices + shape.entries, begin_of(tile));
       starts[tile] = at - indices;
     }
   }
 
   // Sums a tile over the clients.
   void add_tile(std::int64_t index) {
+    if (in_order_) return;
     const SparseShape& shape = problem_->shape;
     const std::int64_t batch = index / tiles_, tile = index % tiles_;
     if (picks_ && !all_sorted(batch)) {
       if (tile % tiles_of_pick_ == 0) pick(batch, tile);
       return;
     }
-    const std::int64_t begin = tile << width_bits_;
     Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
-    std::fill(total + begin, total + std::min(begin + width(), shape.coordinates), Accumulator{0});
+    std::fill(total + begin_of(tile), total + begin_of(tile + 1), Accumulator{0});
     const Accumulator* weights = row_of<Accumulator>(problem_->weights, shape.batch, batch, 0, 0);
     for (std::int64_t client = 0; client < shape.clients; ++client) {
       if (!is_present(problem_->where, shape.batch, batch, client)) continue;
@@ -141,6 +191,71 @@ class SparseSum {
     Accumulator value;
   };
 
+  // A client's entries from the next one to add to the end of a piece.
+  struct Stretch {
+    const std::int32_t* next;
+    const std::int32_t* stop;
+    const Element* values;
+    Accumulator weight;
+  };
+
+  // Adds what lies from `begin` to `end`; false if something does that is not in order, which is not added.
+  static bool add_stretch(std::int64_t begin, std::int64_t end, const Stretch& following, Stretch* stretch,
+                          Accumulator* total) {
+    const std::int32_t* const indices = stretch->next;
+    const Element* const values = stretch->values;
+    const Accumulator weight = stretch->weight;
+    const std::int64_t most = stretch->stop - stretch->next;
+    std::int64_t previous = begin, i = 0;
+    // A tile has few of a client's entries: asked for only when it is their turn, they would be waited for.
+    for (; i + kLine <= most && indices[i + kLine - 1] < end; i += kLine) {
+      __builtin_prefetch(following.next + i);
+      __builtin_prefetch(following.values + i);
+      for (std::int64_t j = 0; j < kLine; ++j) {
+        if (!add_entry(indices[i + j], end, weight * Float::widen(values[i + j]), &previous, total)) return false;
+      }
+    }
+    for (; i < most && indices[i] < end; ++i) {
+      if (!add_entry(indices[i], end, weight * Float::widen(values[i]), &previous, total)) return false;
+    }
+    stretch->next += i;
+    stretch->values += i;
+    return true;
+  }
+
+  static FEDFUSE_INLINE bool add_entry(std::int64_t index, std::int64_t end, Accumulator term, std::int64_t* previous,
+                                       Accumulator* total) {
+    if (index < *previous || index >= end) return false;
+    *previous = index;
+    total[index] += term;
+    return true;
+  }
+
+  static constexpr std::int64_t kLine = 64 / sizeof(std::int32_t);  // indices in a line of the caches
+
+  // A glance at a row: most that are not sorted, such as those in the order of their size or padded with -1, show it.
+  bool may_be_sorted(const std::int32_t* indices) const {
+    const std::int64_t count = problem_->shape.entries;
+    return is_sorted(indices, std::min(count, kLine)) && (count == 0 || indices[0] <= indices[count - 1]);
+  }
+
+  // Where in a sorted row a coordinate would be inserted: a number from 0 to `entries`, whatever the row. Begins where
+  // it would be if the indices were spread evenly, since a bisection of the whole row is a cache miss at every step.
+  std::int64_t place_in(const std::int32_t* indices, std::int64_t coordinate) const {
+    const std::int64_t count = problem_->shape.entries;
+    const double share = static_cast<double>(coordinate) / static_cast<double>(problem_->shape.coordinates);
+    std::int64_t low = static_cast<std::int64_t>(share * static_cast<double>(count)), high = low;
+    for (std::int64_t step = kLine; high < count && indices[high] < coordinate; step *= 2) {
+      low = high + 1;
+      high = std::min(high + step, count);
+    }
+    for (std::int64_t step = kLine; low > 0 && indices[low - 1] >= coordinate; step *= 2) {
+      high = low - 1;
+      low = std::max<std::int64_t>(low - step, 0);
+    }
+    return std::lower_bound(indices + low, indices + high, coordinate) - indices;
+  }
+
   bool all_sorted(std::int64_t batch) const {
     for (std::int64_t client = 0; client < problem_->shape.clients; ++client) {
       if (!is_present(problem_->where, problem_->shape.batch, batch, client)) continue;
@@ -152,8 +267,7 @@ class SparseSum {
   // Sums several tiles over the clients, of entries in any order.
   void pick(std::int64_t batch, std::int64_t first_tile) {
     const SparseShape& shape = problem_->shape;
-    const std::int64_t begin = first_tile << width_bits_;
-    const std::int64_t end = std::min((first_tile + tiles_of_pick_) << width_bits_, shape.coordinates);
+    const std::int64_t begin = begin_of(first_tile), end = begin_of(first_tile + tiles_of_pick_);
     const auto origin = static_cast<std::uint32_t>(begin), count = static_cast<std::uint32_t>(end - begin);
     Accumulator* total = reinterpret_cast<Accumulator*>(problem_->total.at(shape.batch, batch));
     std::fill(total + begin, total + end, Accumulator{0});
@@ -184,7 +298,7 @@ class SparseSum {
   static constexpr std::int64_t kTilesWanted = 32;
   static constexpr int kWidestBits = 16;
 
-  std::int64_t width() const { return std::int64_t{1} << width_bits_; }
+  std::int64_t begin_of(std::int64_t tile) const { return std::min(tile << width_bits_, problem_->shape.coordinates); }
 
   static bool is_sorted(const std::int32_t* indices, std::int64_t count) {
     constexpr std::int64_t kStretch = 4096;  // long enough for vectors, short enough to stop early
@@ -222,6 +336,8 @@ class SparseSum {
   std::int64_t rows_;
   int width_bits_ = 10;  // a tile's coordinates are a power of two
   std::int64_t tiles_;
+  std::int64_t pieces_;
+  std::atomic<bool> in_order_{true};  // all indices, as far as anybody has looked
   bool picks_;
   std::int64_t tiles_of_pick_;
   std::vector<std::int64_t> starts_;                // of each row and tile, and one past the last tile
@@ -234,15 +350,20 @@ Work cut_sparse_sum(std::shared_ptr<const SparseSumProblem> problem) {
   const auto sum = std::make_shared<SparseSum<Float>>(problem);
   Work tiles;
   tiles.tasks = sum->tiles();
-  // A scattered addition costs about what streaming 16 bytes does.
-  tiles.cost = sum->rows() * shape.entries * 16 + shape.batch.count * shape.coordinates * bytes_of(problem->total.type);
   tiles.run = [sum](std::int64_t tile) { sum->add_tile(tile); };
-  Work work;
-  work.tasks = sum->rows();
-  work.cost = sum->rows() * shape.entries * 4;
-  work.run = [sum](std::int64_t row) { sum->arrange(row); };
-  work.next = std::make_shared<Work>(std::move(tiles));
-  return work;
+  Work rows;
+  rows.tasks = sum->rows();
+  rows.run = [sum](std::int64_t row) { sum->arrange(row); };
+  rows.next = std::make_shared<Work>(std::move(tiles));
+  Work pieces;
+  pieces.tasks = sum->pieces();
+  // A scattered addition costs about what streaming 16 bytes does, and looking at its index 4.
+  pieces.cost =
+      sum->rows() * shape.entries * 20 + shape.batch.count * shape.coordinates * bytes_of(problem->total.type);
+  pieces.run = [sum](std::int64_t piece) { sum->add_sorted(piece); };
+  pieces.finish = [sum] { sum->begin_anew_unless_in_order(); };
+  pieces.next = std::make_shared<Work>(std::move(rows));
+  return pieces;
 }
 
 // Entries that a task works on.

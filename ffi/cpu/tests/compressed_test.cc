@@ -90,8 +90,9 @@ void run(const Work& work) {
   if (work.next) run(*work.next);
 }
 
-// Sorted rows and others, in the order that the contract promises, to the bit.
-void check_sparse(std::int64_t clients, std::int64_t entries, std::int64_t coordinates, bool sorted) {
+// Sorted rows and others, in the order that the contract promises, to the bit; `strays` are out of order in sorted
+// rows, wherever an int32 can point.
+void check_sparse(std::int64_t clients, std::int64_t entries, std::int64_t coordinates, bool sorted, int strays = 0) {
   const std::int64_t size = clients * entries;
   const auto values = std::make_unique<float[]>(size);
   const auto indices = std::make_unique<std::int32_t[]>(size);
@@ -104,6 +105,10 @@ void check_sparse(std::int64_t clients, std::int64_t entries, std::int64_t coord
   }
   for (std::int64_t row = 0; sorted && row < clients; ++row) {
     std::sort(indices.get() + row * entries, indices.get() + (row + 1) * entries);
+  }
+  for (int i = 0; i < strays; ++i) {
+    const auto stray = static_cast<std::int32_t>(random_bits());
+    indices[random_bits() % size] = i % 2 == 0 ? stray : stray % static_cast<std::int32_t>(coordinates);
   }
   for (std::int64_t i = 0; i < clients; ++i) weights[i] = i % 2 == 0 ? 2.0f : -0.5f;  // products are exact
   const auto view = [](auto* data, Type type, std::int64_t elements) {
@@ -126,7 +131,8 @@ void check_sparse(std::int64_t clients, std::int64_t entries, std::int64_t coord
     if (indices[i] >= 0 && indices[i] < coordinates) wanted[indices[i]] += weights[i / entries] * values[i];
   }
   expect(std::memcmp(wanted.data(), total.get(), coordinates * sizeof(float)) == 0,
-         "sparse " + std::to_string(clients) + "x" + std::to_string(entries) + " of " + std::to_string(coordinates));
+         "sparse " + std::to_string(clients) + "x" + std::to_string(entries) + " of " + std::to_string(coordinates) +
+             " strays=" + std::to_string(strays));
 }
 
 int main_of_test() {
@@ -149,6 +155,11 @@ int main_of_test() {
     check_sparse(5, 2000, 1025, sorted);
     check_sparse(4, 3000, 3'000'000, sorted);
   }
+  for (int trial = 0; trial < 50; ++trial) {
+    check_sparse(2, 5, 7, true, 1);
+    check_sparse(3, 500, 50'000, true, 1 + trial % 3);
+  }
+  check_sparse(3, 3000, 3'000'000, true, 1);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
