@@ -41,42 +41,6 @@ void fill_nan(Type accumulator, std::int64_t columns, void* out) {
   }
 }
 
-// Rows that lie a large power of two apart share few places in the caches and in the table of pages. The kernels read a
-// little of each row and then a little more of each: many such rows push each other out in between.
-bool rows_collide(const std::vector<void*>& rows) {
-  constexpr std::int64_t kPageBytes = 4096, kFewestRows = 96, kPlaces = 4096;
-  const auto num_rows = static_cast<std::int64_t>(rows.size());
-  if (num_rows < kFewestRows) return false;
-  const std::int64_t stride = static_cast<std::byte*>(rows[1]) - static_cast<std::byte*>(rows[0]);
-  return num_rows * ((stride & -stride) / kPageBytes) > kPlaces;
-}
-
-// Calls reduce(rows, columns, first column), with rows that do not collide: with copies of a page or less of each, if
-// need be.
-template <typename Reduce>
-void reduce_apart(const std::vector<void*>& rows, std::int64_t element, std::int64_t columns, Reduce reduce) {
-  if (!rows_collide(rows)) return reduce(rows, columns, 0);
-  constexpr std::int64_t kCacheLineBytes = 64, kMostBytes = 4096, kFewestBytes = 1024, kCachedBytes = 1 << 19;
-  thread_local std::vector<void*> copies;
-  const auto num_rows = static_cast<std::int64_t>(rows.size());
-  const std::int64_t bytes =
-      std::clamp(kCachedBytes / num_rows / kFewestBytes * kFewestBytes, kFewestBytes, kMostBytes);
-  const std::int64_t apart = bytes + kCacheLineBytes;
-  // Not kept: of very many clients a page each is more than a thread should hold.
-  const std::unique_ptr<std::byte[]> memory(new std::byte[(num_rows + 1) * apart]);
-  std::byte* const first =
-      memory.get() + kCacheLineBytes - reinterpret_cast<std::uintptr_t>(memory.get()) % kCacheLineBytes;
-  copies.resize(rows.size());
-  for (std::int64_t row = 0; row < num_rows; ++row) copies[row] = first + row * apart;
-  for (std::int64_t column = 0; column < columns; column += bytes / element) {
-    const std::int64_t width = std::min(bytes / element, columns - column);
-    for (std::int64_t row = 0; row < num_rows; ++row) {
-      std::memcpy(copies[row], static_cast<std::byte*>(rows[row]) + column * element, width * element);
-    }
-    reduce(copies, width, column);
-  }
-}
-
 // One tile of a reduction to a mean of what is kept; `reduce(kernels, rows, kept, out)` is the kernel to call.
 template <typename Problem, typename Reduce>
 void reduce_tile(const Problem& problem, const Tile& tile, Reduce reduce) {
@@ -133,16 +97,9 @@ std::int64_t cost_of(const Problem& problem) {
 
 Work cut(std::shared_ptr<const TrimmedMeanProblem> problem) {
   return cut_tiles(Tiles::balanced(problem->shape), cost_of(*problem), [problem](const Tile& tile) {
-    reduce_tile(
-        *problem, tile,
-        [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks, std::byte* out) {
-          const Type type = problem->updates[tile.leaf].type;
-          reduce_apart(rows, bytes_of(type), tile.columns,
-                       [&](const std::vector<void*>& apart, std::int64_t columns, std::int64_t first) {
-                         kernels.mean(apart.data(), apart.size(), columns, ranks,
-                                      out + first * bytes_of(accumulator_of(type)));
-                       });
-        });
+    reduce_tile(*problem, tile,
+                [&](const OrderStatisticKernels& kernels, const std::vector<void*>& rows, KeptRanks ranks,
+                    std::byte* out) { kernels.mean(rows.data(), rows.size(), tile.columns, ranks, out); });
   });
 }
 

@@ -141,6 +141,12 @@ class NetworkTile {
   // Fetches what comes after the tile at this column while working.
   FEDFUSE_INLINE void fetch_after(const void* const* rows, std::int64_t column) { set_rows(fetched_, rows, column); }
 
+  // Of how many rows the next tile has been asked for after this vector.
+  int rows_fetched(int vector) const {
+    const int rows = (vector + 1) * ((network_.inputs + kTileVectors - 1) / kTileVectors) - low_pads_;
+    return rows < 0 ? 0 : rows < num_rows_ ? rows : num_rows_;
+  }
+
   // Which output holds the value of this rank.
   int output_of_rank(std::int64_t rank) const { return static_cast<int>(rank) + low_pads_ - network_.first_rank; }
 

@@ -289,6 +289,127 @@ struct OrderStatistics {
     }
   }
 
+  // ---- Tiles of rows ------------------------------------------------------------------------------------------------
+
+  // A copy of kRoom columns of all rows; those beyond the last are zero.
+  template <int kRoom>
+  struct ColumnsCopy {
+    explicit ColumnsCopy(std::int64_t num_rows)
+        : memory(static_cast<std::size_t>(num_rows) * (kRoom * sizeof(Lane) + sizeof(void*))),
+          values(memory.template as<Lane>()),
+          rows(reinterpret_cast<const void**>(values + num_rows * kRoom)) {
+      for (std::int64_t row = 0; row < num_rows; ++row) rows[row] = values + row * kRoom;
+    }
+
+    // Takes the rows from `first` to before `last`.
+    template <bool kCanonical>
+    void take(const void* const* from, std::int64_t first, std::int64_t last, std::int64_t column, int width) {
+      for (std::int64_t row = first; row < last; ++row) {
+        copy_row<kCanonical>(static_cast<const Lane*>(from[row]) + column, width, kRoom, values + row * kRoom);
+      }
+    }
+
+    Scratch memory;
+    Lane* values;
+    const void** rows;
+  };
+
+  // Rows that lie a large power of two apart share few places in the caches. Of what is fetched of many such rows for
+  // the next tile, most would be lost again before it is used.
+  static bool rows_collide(const void* const* rows, std::int64_t num_rows) {
+    constexpr std::int64_t kPageBytes = 4096, kFewestRows = 56, kPlaces = 2048;
+    if (num_rows < kFewestRows) return false;
+    const auto address = [&](int row) { return reinterpret_cast<std::intptr_t>(rows[row]); };
+    const std::int64_t stride = address(1) - address(0);
+    return num_rows * ((stride & -stride) / kPageBytes) > kPlaces;
+  }
+
+  // Copies of the tiles, one after the other. Where rows collide, the next one is copied during the work on this one,
+  // a few rows at a time, as soon as they have been fetched.
+  template <bool kCanonical>
+  class CopiedTiles {
+   public:
+    using Tile = ColumnsCopy<kColumns>;
+
+    CopiedTiles(const void* const* rows, std::int64_t num_rows, std::int64_t columns, bool ahead)
+        : rows_(rows),
+          num_rows_(num_rows),
+          columns_(columns),
+          places_(ahead ? 2 : 1),
+          tiles_{Tile(num_rows), Tile(ahead ? num_rows : 0)} {}
+
+    // The tile at this column.
+    const Tile& at(std::int64_t column) {
+      if (column != current_ && column != ahead_) take(column, 0, num_rows_);
+      current_ = column;
+      return tile(column);
+    }
+
+    // Copies some rows of the tile after the one at this column.
+    __attribute__((noinline)) void take_after(std::int64_t column, std::int64_t first, std::int64_t last) {
+      ahead_ = column + kColumns;
+      if (ahead_ < columns_) take(ahead_, first, last);
+    }
+
+   private:
+    Tile& tile(std::int64_t column) { return tiles_[column / kColumns % places_]; }
+
+    void take(std::int64_t column, std::int64_t first, std::int64_t last) {
+      const int width = static_cast<int>(least<std::int64_t>(columns_ - column, kColumns));
+      tile(column).template take<kCanonical>(rows_, first, last, column, width);
+    }
+
+    const void* const* rows_;
+    std::int64_t num_rows_;
+    std::int64_t columns_;
+    std::int64_t places_;
+    std::int64_t current_ = -1, ahead_ = -1;  // the columns of the tiles that are there
+    Tile tiles_[2];
+  };
+
+  // Fetches the next tile of the rows, a whole row of the tile at a time, and copies it then, if there are copies.
+  template <bool kCanonical>
+  class TileFetcher {
+   public:
+    TileFetcher(const void* const* rows, std::int64_t num_rows, std::int64_t column, CopiedTiles<kCanonical>* copies)
+        : rows_(rows),
+          tile_(column / kColumns * kColumns),
+          first_((column / kGroup % kGroupsOfTile) * ((num_rows + kGroupsOfTile - 1) / kGroupsOfTile)),
+          last_(least(num_rows, first_ + (num_rows + kGroupsOfTile - 1) / kGroupsOfTile)),
+          copied_(first_),
+          copies_(copies) {}
+
+    FEDFUSE_INLINE void operator()(std::int64_t row) {
+      if (row % kGroupsOfTile != 0) return;
+      const std::int64_t next = first_ + row / kGroupsOfTile;
+      if (next >= last_) return;
+      for (int line = 0; line < kTileLines; ++line) {
+        fetch_to_l2(rows_[next], (tile_ + kColumns) * sizeof(Lane) + line * kCacheLineBytes);
+      }
+      if (next - copied_ == kMostWaiting) copy_before(next - kMostWaiting / 2);
+    }
+
+    // Copies what has been fetched and is not yet copied.
+    void finish() { copy_before(last_); }
+
+   private:
+    static constexpr int kGroupsOfTile = kColumns / kGroup;
+    // Of so many rows, the caches hold what has been fetched even where they collide.
+    static constexpr int kMostWaiting = 16;
+
+    void copy_before(std::int64_t row) {
+      if (copies_ != nullptr && copied_ < row) copies_->take_after(tile_, copied_, row);
+      copied_ = row;
+    }
+
+    const void* const* rows_;
+    std::int64_t tile_;
+    std::int64_t first_;
+    std::int64_t last_;
+    std::int64_t copied_;
+    CopiedTiles<kCanonical>* copies_;
+  };
+
   // ---- Means of few rows --------------------------------------------------------------------------------------------
 
   static void mean_by_network(const void* const* rows, std::int64_t num_rows, std::int64_t columns, KeptRanks ranks,
@@ -302,23 +423,19 @@ struct OrderStatistics {
     const StoreMean store_mean = find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
 
     // The last columns go the same way in a copy with room for a whole tile.
-    alignas(kCacheLineBytes) Lane copy[kRows * kColumns];
-    const void* copied_rows[kRows];
+    const bool collide = rows_collide(rows, num_rows);
+    CopiedTiles<false> copies(rows, num_rows, columns, collide);
     alignas(kCacheLineBytes) Accumulator means[kColumns];
 
     for (std::int64_t column = 0; column < columns; column += kColumns) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
       const bool whole = width == kColumns;
-      if (whole) {
+      if (whole && !collide) {
         tile.point_at(rows, column);
-        tile.fetch_after(rows, column);
       } else {
-        for (int row = 0; row < num_rows; ++row) {
-          copied_rows[row] = copy + row * kColumns;
-          copy_row<false>(static_cast<const Lane*>(rows[row]) + column, width, kColumns, copy + row * kColumns);
-        }
-        tile.point_at(copied_rows, 0);
+        tile.point_at(copies.at(column).rows, 0);
       }
+      if (whole) tile.fetch_after(rows, column);
       Accumulator* const to = whole ? out + column : means;
       for (int vector = 0; vector * kElements < width; ++vector) {
         tile.run(vector, outputs);
@@ -328,60 +445,13 @@ struct OrderStatistics {
         } else {
           store_mean(kept, count, to + vector * kElements);
         }
+        if (collide) copies.take_after(column, tile.rows_fetched(vector - 1), tile.rows_fetched(vector));
       }
       if (!whole) __builtin_memcpy(out + column, means, width * sizeof(Accumulator));
     }
   }
 
   // ---- Means of many rows -------------------------------------------------------------------------------------------
-
-  // Fetches the next tile of the rows, a whole row of the tile at a time.
-  struct TileFetcher {
-    static constexpr int kGroupsOfTile = kColumns / kGroup;
-
-    TileFetcher(const void* const* rows, std::int64_t num_rows, std::int64_t column)
-        : rows_(rows),
-          num_rows_(num_rows),
-          next_bytes_((column / kColumns + 1) * kTileBytes),
-          first_((column / kGroup % kGroupsOfTile) * ((num_rows + kGroupsOfTile - 1) / kGroupsOfTile)) {}
-
-    FEDFUSE_INLINE void operator()(std::int64_t row) const {
-      if (row % kGroupsOfTile != 0) return;
-      const std::int64_t next = first_ + row / kGroupsOfTile;
-      if (next >= num_rows_) return;
-      for (int line = 0; line < kTileLines; ++line) {
-        fetch_to_l2(rows_[next], next_bytes_ + line * kCacheLineBytes);
-      }
-    }
-
-   private:
-    const void* const* rows_;
-    std::int64_t num_rows_;
-    std::int64_t next_bytes_;
-    std::int64_t first_;
-  };
-
-  // A copy of kRoom columns of all rows; those beyond the last are zero.
-  template <int kRoom>
-  struct ColumnsCopy {
-    explicit ColumnsCopy(std::int64_t num_rows)
-        : memory(static_cast<std::size_t>(num_rows) * (kRoom * sizeof(Lane) + sizeof(void*))),
-          values(memory.template as<Lane>()),
-          rows(reinterpret_cast<const void**>(values + num_rows * kRoom)) {
-      for (std::int64_t row = 0; row < num_rows; ++row) rows[row] = values + row * kRoom;
-    }
-
-    template <bool kCanonical>
-    void take(const void* const* from, std::int64_t num_rows, std::int64_t column, int width) {
-      for (std::int64_t row = 0; row < num_rows; ++row) {
-        copy_row<kCanonical>(static_cast<const Lane*>(from[row]) + column, width, kRoom, values + row * kRoom);
-      }
-    }
-
-    Scratch memory;
-    Lane* values;
-    const void** rows;
-  };
 
   // Sums the values of the rows of a group that lie strictly between two keys.
   template <bool kScaled>
@@ -431,6 +501,8 @@ struct OrderStatistics {
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
     ColumnsCopy<kGroup> copy(num_rows);
+    const bool collide = rows_collide(rows, num_rows);
+    CopiedTiles<false> copies(rows, collide ? num_rows : 0, columns, collide);
     RankedValues<Lane> low, high;
     std::uint32_t first[kGroup];
     alignas(kVectorBytes) Accumulator low_values[kGroup], high_values[kGroup];
@@ -438,15 +510,22 @@ struct OrderStatistics {
 
     for (std::int64_t column = 0; column < columns; column += kGroup) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kGroup));
-      const TileFetcher fetcher(rows, num_rows, column);
-      if (count > 2 || width < kGroup) {
-        copy.template take<false>(rows, num_rows, column, width);
-        planes.fill_from(copy.rows, 0, kNegativeInfinity, fetcher);
-      } else {
-        planes.fill_from(rows, column, kNegativeInfinity, fetcher);
+      const void* const* from = rows;
+      std::int64_t at = column;
+      if (collide) {
+        at = column % kColumns;
+        from = copies.at(column - at).rows;
       }
+      if (count > 2 || width < kGroup) {
+        copy.template take<false>(from, 0, num_rows, at, width);
+        from = copy.rows;
+        at = 0;
+      }
+      TileFetcher<false> fetcher(rows, num_rows, column, collide ? &copies : nullptr);
+      planes.fill_from(from, at, kNegativeInfinity, fetcher);
       find_first_ranks(&planes, num_rows, ranks, first);
       planes.select([&](int i) { return first[i]; }, &low);
+      fetcher.finish();
       values_of_keys(low.key, low_values);
       if (count == 1) {
         __builtin_memcpy(out + column, low_values, width * sizeof(Accumulator));
@@ -665,26 +744,24 @@ struct OrderStatistics {
     alignas(kCacheLineBytes) Lane outputs[kRows * kElements];
     const Lane* const sorted = outputs + tile.output_of_rank(0) * kElements;
 
-    alignas(kCacheLineBytes) Lane copy[kRows * kColumns];
-    const void* copied_rows[kRows];
-    for (int row = 0; row < num_rows; ++row) copied_rows[row] = copy + row * kColumns;
-    tile.point_at(copied_rows, 0);
+    const bool collide = rows_collide(rows, num_rows);
+    CopiedTiles<true> copies(rows, num_rows, columns, collide);
 
     Bounds bounds[kTileVectors];
     for (std::int64_t column = 0; column < columns; column += kColumns) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
-      for (int row = 0; row < num_rows; ++row) {
-        copy_row<true>(static_cast<const Lane*>(rows[row]) + column, width, kColumns, copy + row * kColumns);
-      }
+      const ColumnsCopy<kColumns>& copy = copies.at(column);
+      tile.point_at(copy.rows, 0);
       tile.fetch_after(rows, column);
       bool ties = false;
       for (int vector = 0; vector * kElements < width; ++vector) {
         tile.run(vector, outputs);
         const auto find = ranks.around_median ? find_bounds_around_median : find_bounds;
         ties |= find(sorted, static_cast<int>(num_rows), static_cast<int>(ranks.trim), &bounds[vector]);
+        if (collide) copies.take_after(column, tile.rows_fetched(vector - 1), tile.rows_fetched(vector));
       }
       consumer.begin(column, width);
-      KeptRows{copy, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
+      KeptRows{copy.values, 0, num_rows, column, width, bounds, ties}.give_to(consumer);
       consumer.end(column, width);
     }
   }
@@ -734,7 +811,8 @@ struct OrderStatistics {
     const std::int64_t count = ranks.count(num_rows);
     const Scratch memory(BitPlanes<Lane>::scratch_words(num_rows) * sizeof(Words));
     BitPlanes<Lane> planes(num_rows, memory.as<Words>());
-    ColumnsCopy<kColumns> copy(num_rows);
+    const bool collide = rows_collide(rows, num_rows);
+    CopiedTiles<true> copies(rows, num_rows, columns, collide);
     RankedValues<Lane> low, high;
     std::uint32_t first_ranks[kGroup];
     // Of each column: how many are still to be skipped and taken among those who tie with the bounds.
@@ -743,11 +821,13 @@ struct OrderStatistics {
 
     for (std::int64_t column = 0; column < columns; column += kColumns) {
       const int width = static_cast<int>(least<std::int64_t>(columns - column, kColumns));
-      copy.template take<true>(rows, num_rows, column, width);
+      const ColumnsCopy<kColumns>& copy = copies.at(column);
       for (int group = 0; group < width; group += kGroup) {
-        planes.fill_from(copy.rows, group, kNegativeInfinity, TileFetcher(rows, num_rows, column + group));
+        TileFetcher<true> fetcher(rows, num_rows, column + group, collide ? &copies : nullptr);
+        planes.fill_from(copy.rows, group, kNegativeInfinity, fetcher);
         find_first_ranks(&planes, num_rows, ranks, first_ranks);
         planes.select([&](int i) { return first_ranks[i]; }, &low);
+        fetcher.finish();
         planes.select([&](int i) { return first_ranks[i] + count - 1; }, &high);
         for (int i = 0; i < kGroup; ++i) {
           to_skip[group + i] = std::int64_t{first_ranks[i]} - low.below[i];

@@ -169,7 +169,7 @@ class BitPlanes {
 
   // Transposes the group of columns that begins at `column`. before_row(row) is called on the way.
   template <typename BeforeRow>
-  void fill_from(const void* const* rows, std::int64_t column, Lane negative_infinity, BeforeRow before_row) {
+  void fill_from(const void* const* rows, std::int64_t column, Lane negative_infinity, BeforeRow& before_row) {
     const Vector<Lane> lowest = fill<Lane>(negative_infinity);
     const Vector<Lane> sign = fill<Lane>(static_cast<Lane>(~kGreatestKey<Lane>));
     const std::int64_t stride = stride_, num_rows = num_rows_;

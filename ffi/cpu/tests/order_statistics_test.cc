@@ -355,6 +355,51 @@ void check_large_spread(const std::vector<InstructionSet>& sets, std::int64_t nu
   }
 }
 
+// Rows a large power of two apart are copied tile by tile, ahead of the work, and give the bits that others give.
+template <Type type>
+void check_colliding_rows(const std::vector<InstructionSet>& sets, std::int64_t num_rows, std::int64_t columns,
+                          KeptRanks ranks) {
+  using Bits = typename Format<type>::Bits;
+  using Accumulator = typename Format<type>::Accumulator;
+  std::mt19937_64 random(3);
+  const std::int64_t stride = std::int64_t{1} << 18;
+  // Of this only the pages of the columns are ever touched.
+  std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(4096, num_rows * stride), std::free);
+  Rows<Bits> together(num_rows, columns);
+  std::vector<const void*> apart(num_rows);
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    apart[row] = static_cast<std::byte*>(memory.get()) + row * stride;
+    for (std::int64_t column = 0; column < columns; ++column) {
+      together[row][column] = random_element<type>(random, 0);
+    }
+    std::memcpy(const_cast<void*>(apart[row]), together[row], columns * sizeof(Bits));
+  }
+  const std::vector<Accumulator> cotangent(columns, 1);
+  for (const InstructionSet& set : sets) {
+    const OrderStatisticKernels& kernels = *set.kernels[static_cast<int>(type)];
+    std::vector<Accumulator> means[2], tangent_means[2];
+    std::vector<Bits> spreads[2];
+    for (int i = 0; i < 2; ++i) {
+      const void* const* const rows = i == 0 ? together.inputs() : apart.data();
+      means[i].resize(columns);
+      kernels.mean(rows, num_rows, columns, ranks, means[i].data());
+      tangent_means[i].resize(columns);
+      kernels.selected_mean(rows, together.inputs(), num_rows, columns, ranks, tangent_means[i].data());
+      Rows<Bits> spread(num_rows, columns);
+      kernels.spread(rows, cotangent.data(), num_rows, columns, ranks, spread.outputs());
+      for (std::int64_t row = 0; row < num_rows; ++row) {
+        spreads[i].insert(spreads[i].end(), spread[row], spread[row] + columns);
+      }
+    }
+    const std::string where = std::string(" of colliding rows ") + set.name + " " + Format<type>::kName +
+                              " n=" + std::to_string(num_rows) + " d=" + std::to_string(columns) +
+                              " trim=" + std::to_string(ranks.trim);
+    expect(same_bits(means[0], means[1]), "mean" + where);
+    expect(same_bits(tangent_means[0], tangent_means[1]), "selected_mean" + where);
+    expect(same_bits(spreads[0], spreads[1]), "spread" + where);
+  }
+}
+
 template <Type type>
 void check_type(const std::vector<InstructionSet>& sets, bool brief) {
   constexpr std::int64_t kColumns[] = {1, 3, 17, 100, 513};
@@ -380,6 +425,14 @@ void check_type(const std::vector<InstructionSet>& sets, bool brief) {
   }
   // More rows than 16-bit lanes can count; nearly all values tie.
   if (!brief) check_case<type>(sets, 40000, 5, {15000, false}, 1);
+  for (const std::int64_t num_rows : {64, 96, 128, 300}) {
+    for (const std::int64_t columns : {63, 64, 130, 700}) {
+      if (brief && (columns > 130 || num_rows == 128)) continue;
+      for (const std::int64_t trim : {num_rows / 10, (num_rows - 1) / 2}) {
+        check_colliding_rows<type>(sets, num_rows, columns, {trim, false});
+      }
+    }
+  }
   check_large_spread<type>(sets, 16, brief ? 1 << 14 : 1 << 19, 3);
 }
 
