@@ -368,7 +368,7 @@ MUTANTS = (
            HUGE_PAGES),
     Mutant(MEMORY, PAGES, "for (const Span& begun : begun_pages(span)) advise(begun, kCollapse);", "",
            "the allocator's few bytes keep huge pages away", HUGE_PAGES),
-    Mutant(MEMORY, PAGES, "if (threads > kMostThreadsToWait) continue;", "", "many threads wait for one", HUGE_PAGES),
+    Mutant(MEMORY, PAGES, "threads > kMostThreadsToWait || ", "", "many threads wait for one", HUGE_PAGES),
     # --- Server optimizers --------------------------------------------------------------------------------------
     Mutant(SERVER, REFERENCE, "first = b1 * first + delta\n", "first = b1 * first + (1 - b1) * delta\n",
            "momentum with damping", battery("eager", "fedavgm"), without_kernels=True),

@@ -6,6 +6,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
+
+#include <fstream>
+#include <string>
 #endif
 
 namespace fedfuse {
@@ -56,6 +59,19 @@ std::vector<Span> begun_pages(const Span& span) {
 
 }  // namespace
 
+bool huge_pages_are_off() {
+#if defined(__linux__)
+  static const bool are_off = [] {
+    std::ifstream setting("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string modes;
+    return std::getline(setting, modes) && modes.find("[never]") != std::string::npos;
+  }();
+  return are_off;
+#else
+  return true;
+#endif
+}
+
 std::vector<Span> huge_pages(const std::vector<Buffer>& results) {
   std::uintptr_t bytes = 0;
   for (const Buffer& result : results) bytes += bytes_of(result);
@@ -82,8 +98,8 @@ void prefer_huge_pages([[maybe_unused]] const std::vector<Buffer>& results, [[ma
   for (const Span& span : huge_pages(results)) {
     advise(span, MADV_HUGEPAGE);
     // The allocator has written its few bytes between two arrays already. Where one small page is there, the system
-    // gives out small ones only, unless it is told to make a huge one of them.
-    if (threads > kMostThreadsToWait) continue;
+    // gives out small ones only, unless it is told to make a huge one of them, which it does whatever its settings.
+    if (threads > kMostThreadsToWait || huge_pages_are_off()) continue;
     for (const Span& begun : begun_pages(span)) advise(begun, kCollapse);
   }
 #endif

@@ -15,6 +15,9 @@ struct Span {
   std::uintptr_t end;
 };
 
+// Whether whoever runs this machine wants no huge pages.
+bool huge_pages_are_off();
+
 // The huge pages that lie within one result, or within several that follow each other with next to nothing in between.
 std::vector<Span> huge_pages(const std::vector<Buffer>& results);
 

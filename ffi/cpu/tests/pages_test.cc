@@ -96,7 +96,7 @@ bool system_makes_huge_pages() {
 
 // Four results with 64 bytes of the allocator's before each, the last of which ends within the last page.
 void test_pages_that_are_begun() {
-  if (!system_makes_huge_pages()) {
+  if (huge_pages_are_off() || !system_makes_huge_pages()) {
     std::puts("not tested: this system makes no huge pages of small ones");
     return;
   }
