@@ -422,7 +422,7 @@ struct OrderStatistics {
     const int count = static_cast<int>(ranks.count(num_rows));
     const StoreMean store_mean = find_store_mean(count, std::make_integer_sequence<int, kUnrolledMean + 1>());
 
-    // The last columns go the same way in a copy with room for a whole tile.
+    // The last columns go the same way in a copy with room for a whole tile, and so do all where rows collide.
     const bool collide = rows_collide(rows, num_rows);
     CopiedTiles<false> copies(rows, num_rows, columns, collide);
     alignas(kCacheLineBytes) Accumulator means[kColumns];
