@@ -20,6 +20,16 @@ def compile_cxx(output, *arguments):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def run_host_test(folder, name, *arguments):
+    """Has one source of the CPU module tested by its own program, under sanitizers."""
+    source, program = FFI / "cpu" / f"{name}.cc", folder / f"{name}_test"
+    if not source.exists():
+        pytest.skip("the sources are not here")
+    test = FFI / "cpu" / "tests" / f"{name}_test.cc"
+    compile_cxx(program, "-fsanitize=address,undefined", *arguments, source, test)
+    assert " 0 failed" in run(program)
+
+
 def run(program, *arguments):
     """What a program says that ends well."""
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
