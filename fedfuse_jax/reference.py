@@ -536,7 +536,11 @@ def server_step(
             second = b2 * second + (1 - b2) * square
         else:
             second = second - (1 - b2) * square * jnp.sign(second - square)
-        step = learning_rate * first / (jnp.sqrt(second) + tau)
+        # Without anything to divide by, a coordinate stays where it is. (In both places the derivative is 0, not NaN.)
+        nothing = second == 0
+        divisor = jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, second))) + tau
+        stays = divisor == 0
+        step = jnp.where(stays, 0, learning_rate * first / jnp.where(stays, 1, divisor))
     return (param.astype(first.dtype) + step).astype(param.dtype), first, second
 
 
@@ -552,7 +556,7 @@ def server_update(
     b2: Any = 0.0,
     tau: Any = 0.0,
 ) -> tuple[PyTree, Any]:
-    """Steps parameters and state along the weighted mean; neither moves where that is not finite."""
+    """Steps parameters and state along the weighted mean; nothing moves if anything new would not be finite."""
     delta = weighted_mean(updates, weights, where=where)
     someone = jnp.any(_present(where, jax.tree.leaves(updates)[0].shape[0]))
 
@@ -560,18 +564,19 @@ def server_update(
         return leaf.astype(first.dtype)
 
     delta = jax.tree.map(narrowed, delta, state.first_moment)
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(delta)]
-    good = functools.reduce(jnp.logical_and, finite, someone)
 
     def step_leaf(param: Array, first: Array, second: Array, leaf: Array) -> tuple[Array, Array, Array]:
         scalars = [jnp.asarray(scalar, first.dtype) for scalar in (learning_rate, b1, b2, tau)]
-        new = server_step(rule, param, first, second, jnp.where(good, leaf, 0), *scalars)
-        return tuple(jnp.where(good, y, x) for y, x in zip(new, (param, first, second), strict=True))  # type: ignore
+        return server_step(rule, param, first, second, leaf, *scalars)
 
     leaves, structure = jax.tree.flatten(params)
-    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment, delta)]
-    stepped = [step_leaf(*each) for each in zip(leaves, *others, strict=True)]
-    trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
+    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment)]
+    old = list(zip(leaves, *others, strict=True))
+    stepped = [step_leaf(*each) for each in zip(leaves, *others, jax.tree.leaves(delta), strict=True)]
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stepped)]
+    good = functools.reduce(jnp.logical_and, finite, someone)
+    kept = jax.tree.map(lambda y, x: jnp.where(good, y, x), stepped, old)
+    trees = [jax.tree.unflatten(structure, part) for part in zip(*kept, strict=True)]
     return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
 
 
