@@ -44,6 +44,13 @@ def as_array(operation: str, argument: str, value: Any, needed: str) -> Array:
     """``value`` as a JAX array; keys, strings and other things that are not numbers are refused."""
     if is_key_array(value):
         raise TypeError(f"{operation}: {argument} is a PRNG key array ({describe(value)}); it needs {needed}.")
+    # (JAX would convert a traced array to its own dtype, which jax_debug_nans takes for a new result.)
+    if (
+        isinstance(value, jax.Array)
+        and not value.weak_type
+        and value.dtype == jax.dtypes.canonicalize_dtype(value.dtype)
+    ):
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -213,7 +213,7 @@ def _clipping_pulls(distances: Array, present: Array, limit: Array) -> Array:
     clipped = finite & (distances > limit)
     shares = jnp.where(clipped, limit / jnp.where(clipped, distances, 1), 1)
     # A traced radius that is none must not mean that nobody is clipped.
-    shares = jnp.where(limit >= 0, shares, jnp.nan)
+    shares = reference.or_nan(limit >= 0, shares)
     num_finite = jnp.maximum(jnp.sum(finite, dtype=jnp.int32), 1)
     return jnp.where(finite, shares / num_finite.astype(distances.dtype), 0)
 

@@ -500,7 +500,7 @@ def _scores(distances: Array, present: Array, num_neighbors: Any) -> Array:
     nearest = jnp.sort(_to_others(distances, present), axis=1)
     counted = jnp.arange(distances.shape[0]) < num_neighbors
     scores = jnp.where(present, jnp.sum(jnp.where(counted, nearest, 0), axis=1), jnp.inf)
-    return jnp.where(jnp.asarray(num_neighbors) >= 1, scores, jnp.nan)
+    return reference.or_nan(jnp.asarray(num_neighbors) >= 1, scores)
 
 
 def _select(
@@ -526,14 +526,22 @@ def _select(
                 "clients."
             )
     measured, present = _measured(name, leaves, n_clients, where, distances, axis_name)
+    return _lowest(measured.distances, present, f, num_selected)
+
+
+# Compiled once for all calls alike, as the choices below are: outside of any `jit` every step would be compiled alone
+# for each number of clients, and kept, and a loop over a new closure at every call.
+@functools.partial(jax.jit, static_argnames=("num_byzantine", "num_selected"))
+def _lowest(distances: Array, present: Array, num_byzantine: int, num_selected: int | None) -> Array:
     num_present = jnp.sum(present, dtype=jnp.int32)
-    scores = _scores(measured.distances, present, _num_neighbors(present, f))
-    wanted = num_present - f if num_selected is None else num_selected
+    # A choice of nobody needs no NaN.
+    num_neighbors = _num_neighbors(present, num_byzantine)
+    scores = _scores(distances, present, jnp.maximum(num_neighbors, 1))
+    wanted = num_present - num_byzantine if num_selected is None else num_selected
     ranks = jnp.argsort(jnp.argsort(scores, stable=True))
-    return jnp.isfinite(scores) & (ranks < wanted) & (wanted <= num_present)
+    return jnp.isfinite(scores) & (ranks < wanted) & (wanted <= num_present) & (num_neighbors >= 1)
 
 
-# Compiled once for all calls alike: outside of any `jit`, a loop over a new closure would be compiled at every call.
 @functools.partial(jax.jit, static_argnames="num_byzantine")
 def _picks(distances: Array, present: Array, num_byzantine: int) -> Array:
     """Bulyan's picks: rows are sorted once, and a pick then costs one pass over the matrix."""
@@ -545,7 +553,7 @@ def _picks(distances: Array, present: Array, num_byzantine: int) -> Array:
     num_present = jnp.sum(present, dtype=jnp.int32)
 
     def pick(step: Any, left: Array) -> Array:
-        num_left = num_present - step
+        num_left = jnp.sum(left, dtype=jnp.int32)  # who cannot be picked stays, and counts
         num_neighbors = jnp.minimum(jnp.maximum(num_left - f - 2, 1), num_left - 1)
         there = left[order]
         counted = there & (jnp.cumsum(there, axis=1, dtype=jnp.int32) <= num_neighbors)
@@ -559,6 +567,7 @@ def _picks(distances: Array, present: Array, num_byzantine: int) -> Array:
     return present & ~left & (num_present >= 4 * f + 3)
 
 
+@functools.partial(jax.jit, static_argnames="num_byzantine")
 def _neighbor_means(distances: Array, present: Array, active: Array, num_byzantine: int) -> Array:
     """The matrix that makes each active client the mean of its nearest; the rows of the others are 0."""
     n_clients = distances.shape[0]
@@ -569,7 +578,7 @@ def _neighbor_means(distances: Array, present: Array, active: Array, num_byzanti
     ranks = jnp.argsort(jnp.argsort(to_all, axis=1, stable=True), axis=1)
     chosen = (ranks < jnp.maximum(num_kept, 1)) & jnp.isfinite(to_all) & active[:, None]
     shares = 1 / jnp.sum(chosen, axis=1, keepdims=True).astype(distances.dtype)
-    return jnp.where(chosen, jnp.where(num_kept >= 1, shares, jnp.nan), 0)
+    return jnp.where(chosen, reference.or_nan(num_kept >= 1, shares), 0)
 
 
 def _bucket_means(key: Array, active: Array, bucket_size: int, dtype: Any) -> Array:

@@ -30,7 +30,7 @@ def fedavgm(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransforma
 
     Returns:
       A transformation of gradients g, optax's sign: the negated mean of updates that are client − server. Its
-      state is a ``ServerState``. A gradient that is not finite somewhere moves nothing.
+      state is a ``ServerState``. If anything new would not be finite, nothing moves.
 
     Raises:
       Nothing.
@@ -67,7 +67,7 @@ def fedadagrad(learning_rate: Any, b1: Any = 0.0, tau: Any = 1e-3) -> optax.Grad
 
     Returns:
       A transformation of gradients g, optax's sign: the negated mean of updates that are client − server. Its
-      state is a ``ServerState``, with v from τ². A gradient that is not finite somewhere moves nothing.
+      state is a ``ServerState``, with v from τ². If anything new would not be finite, nothing moves.
 
     Raises:
       Nothing.
@@ -103,7 +103,7 @@ def fedadam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) 
 
     Returns:
       A transformation of gradients g, optax's sign: the negated mean of updates that are client − server. Its
-      state is a ``ServerState``, with v from τ². A gradient that is not finite somewhere moves nothing.
+      state is a ``ServerState``, with v from τ². If anything new would not be finite, nothing moves.
 
     Raises:
       Nothing.
@@ -140,7 +140,7 @@ def fedyogi(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) 
 
     Returns:
       A transformation of gradients g, optax's sign: the negated mean of updates that are client − server. Its
-      state is a ``ServerState``, with v from τ². A gradient that is not finite somewhere moves nothing.
+      state is a ``ServerState``, with v from τ². If anything new would not be finite, nothing moves.
 
     Raises:
       Nothing.
@@ -213,20 +213,21 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
     def update(gradients: PyTree, state: ServerState, params: PyTree = None) -> tuple[PyTree, ServerState]:
         del params
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)]
-        good = functools.reduce(jnp.logical_and, finite, jnp.array(True))
 
         def step_leaf(gradient: Any, first: Any, second: Any) -> tuple[Any, ...]:
             scalars = [jnp.asarray(scalar, first.dtype) for scalar in (rate, b1, b2, tau)]
-            delta = jnp.where(good, -gradient.astype(first.dtype), 0)
+            delta = -gradient.astype(first.dtype)
             move, *moments = reference.server_step(rule, jnp.zeros_like(first), first, second, delta, *scalars)
-            moments = [jnp.where(good, new, old) for new, old in zip(moments, (first, second), strict=True)]
-            return jnp.where(good, move, 0).astype(gradient.dtype), *moments
+            return move.astype(gradient.dtype), *moments
 
         leaves, structure = jax.tree.flatten(gradients)
         moments = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment)]
         stepped = [step_leaf(*each) for each in zip(leaves, *moments, strict=True)]
-        trees = [jax.tree.unflatten(structure, [parts[i] for parts in stepped]) for i in range(3)]
+        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stepped)]
+        good = functools.reduce(jnp.logical_and, finite, jnp.array(True))
+        still = [(jnp.zeros_like(leaf), *old) for leaf, *old in zip(leaves, *moments, strict=True)]
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), stepped, still)
+        trees = [jax.tree.unflatten(structure, [parts[i] for parts in kept]) for i in range(3)]
         return trees[0], ServerState(state.step + good.astype(np.int32), *trees[1:])
 
     def init(params: PyTree) -> ServerState:

@@ -580,11 +580,15 @@ def _dots_transpose(call: BoundCall, cotangents: list[Array], operands: Operands
         summed = {"updates": updates, "weights": cotangent, "where": where}
         return {"others": call.bind(WEIGHTED_SUM, summed, dtypes, divide=False)}
     wanted, known = ("updates", others) if any(map(ad.is_undefined_primal, updates)) else ("others", updates)
+    if where is not None:
+        cotangent = jnp.where(where, cotangent, 0)
     products = []
     for leaf in known:
         factor = call.over_clients(leaf) if shared else leaf
-        product = call.per_client(cotangent, factor.ndim) * factor.astype(cotangent.dtype)
-        products.append(product if where is None else jnp.where(call.per_client(where, product.ndim), product, 0))
+        if where is not None:
+            # Before anything is multiplied, so that an absent client's NaN makes no other.
+            factor = jnp.where(call.per_client(where, factor.ndim), factor, 0)
+        products.append(call.per_client(cotangent, factor.ndim) * factor.astype(cotangent.dtype))
     return {wanted: products}
 
 

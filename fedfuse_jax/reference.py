@@ -46,6 +46,11 @@ def _present(where: Array | None, n_clients: int) -> Array:
     return jnp.ones(n_clients, bool) if where is None else where
 
 
+def or_nan(condition: Any, value: Array) -> Array:
+    """``value`` where the condition holds, NaN elsewhere; where it holds everywhere, no NaN for ``jax_debug_nans``."""
+    return jnp.where(condition, value, jnp.sqrt(jnp.where(condition, 1, -1).astype(value.dtype)))
+
+
 # --- Reduce ---------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +443,7 @@ def clipped_weighted_sum(
     half_range = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
     shrink = jnp.where(clipped & (scale * jnp.minimum(root, half_range) > half_range), 1 / half_range, 1).astype(dtype)
     factor = jnp.where(clipped, max_norm / (scale * shrink) / jnp.where(clipped, root, 1), 1)
-    factor = jnp.where(max_norm >= 0, factor, jnp.nan)
+    factor = or_nan(max_norm >= 0, factor)
     kept = jnp.isfinite(root) & _present(where, root.shape[0])
     shrunk = jax.tree.map(lambda x: x.astype(dtype) * _over_parameters(shrink, x), updates)
     total = weighted_sum(shrunk, weights.astype(dtype) * factor, where=kept)
@@ -501,10 +506,10 @@ def adaptive_clip_norm(
     if key is not None:
         count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
     num_present = jnp.sum(present, dtype=clip_norm.dtype)
-    share = jnp.where(num_present > 0, count / num_present, jnp.nan)
+    share = or_nan(num_present > 0, count / jnp.maximum(num_present, 1))
     moved = clip_norm * jnp.exp(-learning_rate * (share - target_quantile))
     # Never silently without its noise. (XLA may lose a NaN that goes through exp, before JAX 0.12.)
-    return moved if key is not None else jnp.where(jnp.equal(count_stddev, 0), moved, jnp.nan)
+    return moved if key is not None else or_nan(jnp.equal(count_stddev, 0), moved)
 
 
 # --- Server optimizers ----------------------------------------------------------------------------------------
@@ -536,7 +541,11 @@ def server_step(
             second = b2 * second + (1 - b2) * square
         else:
             second = second - (1 - b2) * square * jnp.sign(second - square)
-        step = learning_rate * first / (jnp.sqrt(second) + tau)
+        # Without anything to divide by, a coordinate stays where it is. (In both places the derivative is 0, not NaN.)
+        nothing = second == 0
+        divisor = jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, second))) + tau
+        stays = divisor == 0
+        step = jnp.where(stays, 0, learning_rate * first / jnp.where(stays, 1, divisor))
     return (param.astype(first.dtype) + step).astype(param.dtype), first, second
 
 
@@ -552,7 +561,7 @@ def server_update(
     b2: Any = 0.0,
     tau: Any = 0.0,
 ) -> tuple[PyTree, Any]:
-    """Steps parameters and state along the weighted mean; neither moves where that is not finite."""
+    """Steps parameters and state along the weighted mean; nothing moves if anything new would not be finite."""
     delta = weighted_mean(updates, weights, where=where)
     someone = jnp.any(_present(where, jax.tree.leaves(updates)[0].shape[0]))
 
@@ -560,18 +569,19 @@ def server_update(
         return leaf.astype(first.dtype)
 
     delta = jax.tree.map(narrowed, delta, state.first_moment)
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(delta)]
-    good = functools.reduce(jnp.logical_and, finite, someone)
 
     def step_leaf(param: Array, first: Array, second: Array, leaf: Array) -> tuple[Array, Array, Array]:
         scalars = [jnp.asarray(scalar, first.dtype) for scalar in (learning_rate, b1, b2, tau)]
-        new = server_step(rule, param, first, second, jnp.where(good, leaf, 0), *scalars)
-        return tuple(jnp.where(good, y, x) for y, x in zip(new, (param, first, second), strict=True))  # type: ignore
+        return server_step(rule, param, first, second, leaf, *scalars)
 
     leaves, structure = jax.tree.flatten(params)
-    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment, delta)]
-    stepped = [step_leaf(*each) for each in zip(leaves, *others, strict=True)]
-    trees = [jax.tree.unflatten(structure, part) for part in zip(*stepped, strict=True)]
+    others = [jax.tree.leaves(tree) for tree in (state.first_moment, state.second_moment)]
+    old = list(zip(leaves, *others, strict=True))
+    stepped = [step_leaf(*each) for each in zip(leaves, *others, jax.tree.leaves(delta), strict=True)]
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(stepped)]
+    good = functools.reduce(jnp.logical_and, finite, someone)
+    kept = jax.tree.map(lambda y, x: jnp.where(good, y, x), stepped, old)
+    trees = [jax.tree.unflatten(structure, part) for part in zip(*kept, strict=True)]
     return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
 
 
@@ -680,7 +690,7 @@ def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tup
         sums = jax.tree.map(jnp.add, sums, residual)
     flat, unravel = _as_vector(sums)
     # To top_k, a NaN without a sign is the greatest of all; at a tie, it gives the lower index.
-    magnitude = lax.stop_gradient(jnp.where(jnp.isnan(flat), jnp.nan, jnp.abs(flat)))
+    magnitude = lax.stop_gradient(jnp.abs(or_nan(~jnp.isnan(flat), flat)))
     _, chosen = lax.top_k(magnitude, k)
     chosen = jnp.sort(chosen)
     return flat[chosen], chosen, unravel(flat.at[chosen].set(0))
@@ -787,11 +797,11 @@ def quantize(
     blocks = jnp.pad(vector, (0, -size % width), mode="edge").reshape(-1, width)
     least, greatest = jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)
     finite = jnp.isfinite(least) & jnp.isfinite(greatest)
-    scales = greatest / top - least / top  # whose difference may overflow
-    is_flat = scales == 0  # all values alike: one times (0 − (−value)) is the value itself
+    # Halves, whose difference does not overflow, and is 0 exactly, however it is compiled, where all values are alike.
+    scales = (greatest / 2 - least / 2) / (top / 2)
+    is_flat = scales == 0  # one times (0 − (−value)) is the value itself
     safe = jnp.where(finite & ~is_flat, scales, 1)
     zero_points = jnp.where(finite, -least / safe, 0)
-    # Halves, so that no difference overflows.
     positions = (blocks / 2 - least[:, None] / 2) / (safe[:, None] / 2)
     positions = jnp.where((finite & ~is_flat)[:, None], jnp.clip(positions, 0, top), 0).reshape(-1)[:size]
     if key is None:
@@ -799,7 +809,7 @@ def quantize(
     else:
         below = jnp.floor(positions)
         levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below)
-    scales = jnp.where(finite, safe, jnp.nan)
+    scales = or_nan(finite, safe)
     codes = pack_codes(levels.astype(np.uint8), num_bits)
     return (codes, scales[0], zero_points[0]) if block_size is None else (codes, scales, zero_points)
 

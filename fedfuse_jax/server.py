@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -97,8 +97,9 @@ def fedavgm_weighted_update(
     .. math:: \\Delta = \\sum_i w_i x_i \\Big/ \\sum_i w_i, \\qquad m \\leftarrow \\beta m + \\Delta, \\qquad
         \\theta \\leftarrow \\theta + \\eta m
 
-    Updates are client − server, so that parameters move along them. When nobody takes part, or Δ is not finite
-    anywhere in the tree, parameters and state come back unchanged, and ``step`` does not advance.
+    Updates are client − server, so that parameters move along them. When nobody takes part, or anything that
+    is new would not be finite, anywhere in the tree, parameters and state come back unchanged, and ``step`` does not
+    advance.
 
     Args:
       params: Pytree of float32, bfloat16, float16 or float64 leaves; computed with in float32 (float64), rounded
@@ -111,7 +112,7 @@ def fedavgm_weighted_update(
       momentum: β, a real scalar from 0 to 1.
       where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
       axis_name: Inside your own ``shard_map``, the mesh axes (one or a tuple) over which the parameters are
-        sharded: whether Δ is finite is asked of all of them.
+        sharded: whether all that is new is finite is asked of all of them.
 
     Returns:
       The new parameters and the new state.
@@ -136,9 +137,10 @@ def fedavgm_weighted_update(
       Hsu et al. 2019, https://arxiv.org/abs/1909.06335.
 
     Notes:
-      *Differentiability*: in everything but ``step`` and ``where``.
-      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; sharded clients are summed
-      where they are and all-reduced (client order is waived then).
+      *Differentiability*: in everything but ``step`` and ``where``; where v is 0, √v has the derivative 0.
+      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; what is within 2⁻²⁰ of
+      the range of its dtype counts as not finite then. Sharded clients are summed where they are and all-reduced
+      (client order is waived then).
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
     scalars = {"learning_rate": learning_rate, "b1": momentum}
@@ -163,8 +165,9 @@ def fedadagrad_weighted_update(
         m \\leftarrow \\beta_1 m + (1 - \\beta_1) \\Delta, \\qquad v \\leftarrow v + \\Delta^2, \\qquad
         \\theta \\leftarrow \\theta + \\eta \\frac{m}{\\sqrt v + \\tau}
 
-    Updates are client − server, so that parameters move along them. When nobody takes part, or Δ is not finite
-    anywhere in the tree, parameters and state come back unchanged, and ``step`` does not advance.
+    Updates are client − server, so that parameters move along them. When nobody takes part, or anything that
+    is new would not be finite, anywhere in the tree, parameters and state come back unchanged, and ``step`` does not
+    advance.
 
     Args:
       params: Pytree of float32, bfloat16, float16 or float64 leaves; computed with in float32 (float64), rounded
@@ -175,10 +178,10 @@ def fedadagrad_weighted_update(
       weights: ``(n_clients,)`` real numbers, such as numbers of examples. ``None``: the plain mean.
       learning_rate: η, a real scalar, which may change from round to round.
       b1: β₁, a real scalar from 0 to 1; 0, as usual, keeps no momentum.
-      tau: τ, a real scalar, at least 0: how adaptive the step is.
+      tau: τ, a real scalar, at least 0: how adaptive the step is. A coordinate where √v + τ is 0 stays as it is.
       where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
       axis_name: Inside your own ``shard_map``, the mesh axes (one or a tuple) over which the parameters are
-        sharded: whether Δ is finite is asked of all of them.
+        sharded: whether all that is new is finite is asked of all of them.
 
     Returns:
       The new parameters and the new state.
@@ -202,9 +205,10 @@ def fedadagrad_weighted_update(
       FedAdagrad of Reddi et al. 2021, https://arxiv.org/abs/2003.00295.
 
     Notes:
-      *Differentiability*: in everything but ``step`` and ``where``.
-      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; sharded clients are summed
-      where they are and all-reduced (client order is waived then).
+      *Differentiability*: in everything but ``step`` and ``where``; where v is 0, √v has the derivative 0.
+      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; what is within 2⁻²⁰ of
+      the range of its dtype counts as not finite then. Sharded clients are summed where they are and all-reduced
+      (client order is waived then).
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
     scalars = {"learning_rate": learning_rate, "b1": b1, "tau": tau}
@@ -231,8 +235,8 @@ def fedadam_weighted_update(
         \\qquad \\theta \\leftarrow \\theta + \\eta \\frac{m}{\\sqrt v + \\tau}
 
     The rule is that of the paper: no bias correction, and τ outside the root. Updates are client − server, so that
-    parameters move along them. When nobody takes part, or Δ is not finite anywhere in the tree, parameters and state
-    come back unchanged, and ``step`` does not advance.
+    parameters move along them. When nobody takes part, or anything that is new would not be finite, anywhere in the
+    tree, parameters and state come back unchanged, and ``step`` does not advance.
 
     Args:
       params: Pytree of float32, bfloat16, float16 or float64 leaves; computed with in float32 (float64), rounded
@@ -244,10 +248,10 @@ def fedadam_weighted_update(
       learning_rate: η, a real scalar, which may change from round to round.
       b1: β₁, a real scalar from 0 to 1.
       b2: β₂, a real scalar from 0 to 1.
-      tau: τ, a real scalar, at least 0: how adaptive the step is.
+      tau: τ, a real scalar, at least 0: how adaptive the step is. A coordinate where √v + τ is 0 stays as it is.
       where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
       axis_name: Inside your own ``shard_map``, the mesh axes (one or a tuple) over which the parameters are
-        sharded: whether Δ is finite is asked of all of them.
+        sharded: whether all that is new is finite is asked of all of them.
 
     Returns:
       The new parameters and the new state.
@@ -271,9 +275,10 @@ def fedadam_weighted_update(
       FedAdam of Reddi et al. 2021, https://arxiv.org/abs/2003.00295.
 
     Notes:
-      *Differentiability*: in everything but ``step`` and ``where``.
-      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; sharded clients are summed
-      where they are and all-reduced (client order is waived then).
+      *Differentiability*: in everything but ``step`` and ``where``; where v is 0, √v has the derivative 0.
+      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; what is within 2⁻²⁰ of
+      the range of its dtype counts as not finite then. Sharded clients are summed where they are and all-reduced
+      (client order is waived then).
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
     scalars = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "tau": tau}
@@ -300,8 +305,9 @@ def fedyogi_weighted_update(
         v \\leftarrow v - (1 - \\beta_2) \\Delta^2 \\operatorname{sign}(v - \\Delta^2), \\qquad
         \\theta \\leftarrow \\theta + \\eta \\frac{m}{\\sqrt v + \\tau}
 
-    Updates are client − server, so that parameters move along them. When nobody takes part, or Δ is not finite
-    anywhere in the tree, parameters and state come back unchanged, and ``step`` does not advance.
+    Updates are client − server, so that parameters move along them. When nobody takes part, or anything that
+    is new would not be finite, anywhere in the tree, parameters and state come back unchanged, and ``step`` does not
+    advance.
 
     Args:
       params: Pytree of float32, bfloat16, float16 or float64 leaves; computed with in float32 (float64), rounded
@@ -313,10 +319,10 @@ def fedyogi_weighted_update(
       learning_rate: η, a real scalar, which may change from round to round.
       b1: β₁, a real scalar from 0 to 1.
       b2: β₂, a real scalar from 0 to 1.
-      tau: τ, a real scalar, at least 0: how adaptive the step is.
+      tau: τ, a real scalar, at least 0: how adaptive the step is. A coordinate where √v + τ is 0 stays as it is.
       where: ``(n_clients,)`` bool, the clients that take part; the others have no influence, NaN or not.
       axis_name: Inside your own ``shard_map``, the mesh axes (one or a tuple) over which the parameters are
-        sharded: whether Δ is finite is asked of all of them.
+        sharded: whether all that is new is finite is asked of all of them.
 
     Returns:
       The new parameters and the new state.
@@ -341,9 +347,11 @@ def fedyogi_weighted_update(
       FedYogi of Reddi et al. 2021, https://arxiv.org/abs/2003.00295.
 
     Notes:
-      *Differentiability*: almost everywhere, in everything but ``step`` and ``where``.
-      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; sharded clients are summed
-      where they are and all-reduced (client order is waived then).
+      *Differentiability*: almost everywhere, in everything but ``step`` and ``where``; where v is 0, √v has the
+      derivative 0.
+      *Sharding*: parameters may be sharded in any way, for one all-reduce of one number; what is within 2⁻²⁰ of
+      the range of its dtype counts as not finite then. Sharded clients are summed where they are and all-reduced
+      (client order is waived then).
       *Determinism*: the same bits for any number of threads, chunking and sharding of the parameters.
     """
     scalars = {"learning_rate": learning_rate, "b1": b1, "b2": b2, "tau": tau}
@@ -393,7 +401,10 @@ def _update(
         argument = (names or {}).get(scalar, scalar)
         operands[scalar] = checks.bounded_scalar(name, argument, scalars.get(scalar, 0), dtype, **RANGES[scalar])
     if axis_name is not None:
-        results = _compose(operands, RULE_OF[name], 0, _mean_here, _sum_over(axis_name))
+        deltas = _mean_of(operands, _mean_here)
+        judged, at = jax.tree.map(lax.stop_gradient, (operands, deltas))
+        good = _judge(RULE_OF[name], judged, at, 0, _sum_over(axis_name))
+        results = _compose(operands, RULE_OF[name], deltas, good)
     else:
         of_moments = [moment.dtype.name for moment in moments[0]]
         dtypes = ("int32", *(x.dtype.name for x in old.arrays), *of_moments, *of_moments)
@@ -437,53 +448,67 @@ def _mean_here(operands: Operands, dtypes: tuple[str, ...]) -> list[Array]:
     return WEIGHTED_MEAN.bind(linear, dtypes, divide=True)
 
 
-def _checked_mean(
+def _mean_of(operands: Operands, mean: Callable[[Operands, tuple[str, ...]], list[Array]]) -> list[Array]:
+    """Δ by ``mean``, in the moments' dtypes."""
+    deltas = mean(operands, tuple(reference.accumulator_dtype(leaf.dtype).name for leaf in operands["updates"]))
+    return [delta.astype(first.dtype) for delta, first in zip(deltas, operands["first_moment"], strict=True)]
+
+
+# Devices that judge apart must agree. What is finite here lies so far inside of the range of its dtype that the kernel,
+# which may round differently, finds it finite too.
+_MARGIN = 1 - 2.0**-20
+
+
+def _judge(
+    rule: str,
     operands: Operands,
+    deltas: list[Array],
     batch_dims: int,
-    mean: Callable[[Operands, tuple[str, ...]], list[Array]],
-    over_parameters: Callable[[Array], Array] = lambda count: count,
+    over_parameters: Callable[[Array], Array],
     over_clients: Callable[[Array], Array] = lambda count: count,
-) -> tuple[list[Array], Array]:
-    """Δ by ``mean``, in the moments' dtypes, and whether it is to be taken.
+) -> Array:
+    """Whether the round counts: somebody takes part, and all that the step along ``deltas`` makes is finite.
 
     The last two arguments sum over devices that share a dimension.
     """
-    updates, where = operands["updates"], operands["where"]
-    deltas = mean(operands, tuple(reference.accumulator_dtype(leaf.dtype).name for leaf in updates))
-    deltas = [delta.astype(first.dtype) for delta, first in zip(deltas, operands["first_moment"], strict=True)]
     bad: Array = jnp.zeros((), np.int32)
-    for delta in deltas:
-        axes = tuple(range(batch_dims, delta.ndim))
-        bad = bad + jnp.any(~jnp.isfinite(delta), axis=axes).astype(np.int32)
+    for param, first, second, delta in _leaves(operands, deltas):
+        wide = param.astype(first.dtype)
+        scalars = [_spread(operands[name].astype(first.dtype), param.ndim) for name in SCALARS]
+        new, *moments = reference.server_step(rule, wide, first, second, delta, *scalars)
+        most = float(jnp.finfo(param.dtype).max) * _MARGIN
+        most_of_moments = float(jnp.finfo(first.dtype).max) * _MARGIN
+        fits = (jnp.abs(new) <= most) & (jnp.abs(new - wide) <= most_of_moments)
+        for moment in moments:
+            fits = fits & (jnp.abs(moment) <= most_of_moments)
+        bad = bad + jnp.any(~fits, axis=tuple(range(batch_dims, fits.ndim))).astype(np.int32)
     good = over_parameters(bad) == 0
-    if where is not None:
+    if (where := operands["where"]) is not None:
         good = good & (over_clients(jnp.sum(where, axis=-1, dtype=np.int32)) > 0)
-    return deltas, good
+    return good
 
 
-def _compose(
-    operands: Operands,
-    rule: str,
-    batch_dims: int,
-    mean: Callable[[Operands, tuple[str, ...]], list[Array]],
-    over_parameters: Callable[[Array], Array] = lambda count: count,
-) -> list[Array]:
-    """The update by ``mean`` and elementwise arithmetic."""
-    deltas, good = _checked_mean(operands, batch_dims, mean, over_parameters)
+def _leaves(operands: Operands, deltas: list[Array]) -> Iterator[tuple[Array, ...]]:
+    return zip(operands["params"], operands["first_moment"], operands["second_moment"], deltas, strict=True)
 
-    def spread(value: Array, ndim: int) -> Array:
-        return value.reshape(value.shape + (1,) * (ndim - value.ndim))
 
+def _spread(value: Array, ndim: int) -> Array:
+    """Reshapes ``(*batch,)`` to broadcast against a leaf."""
+    return value.reshape(value.shape + (1,) * (ndim - value.ndim))
+
+
+def _compose(operands: Operands, rule: str, deltas: list[Array], good: Array) -> list[Array]:
+    """The update along ``deltas``, by elementwise arithmetic, of the rounds that are good."""
     stepped = []
-    for param, first, second, delta in zip(
-        operands["params"], operands["first_moment"], operands["second_moment"], deltas, strict=True
-    ):
-        ndim = param.ndim
-        scalars = [spread(operands[name].astype(first.dtype), ndim) for name in SCALARS]
-        accepted = spread(good, ndim)
+    for old in _leaves(operands, deltas):
+        param, first, second, delta = old
+        accepted = _spread(good, param.ndim)
         # Derivatives of what is not taken must be finite as well.
-        new = reference.server_step(rule, param, first, second, jnp.where(accepted, delta, 0), *scalars)
-        stepped.append([jnp.where(accepted, y, x) for y, x in zip(new, (param, first, second), strict=True)])
+        harmless = zip((param, first, second, delta), (0, 0, 1, 0), strict=True)
+        inputs = [jnp.where(accepted, x, jnp.asarray(instead, x.dtype)) for x, instead in harmless]
+        scalars = [jnp.where(accepted, _spread(operands[name].astype(first.dtype), param.ndim), 0) for name in SCALARS]
+        new = reference.server_step(rule, *inputs, *scalars)
+        stepped.append([jnp.where(accepted, y, x) for y, x in zip(new, old[:3], strict=True)])
     step = operands["step"] + good.astype(np.int32)
     return [step, *(leaf for part in zip(*stepped, strict=True) for leaf in part)]
 
@@ -494,6 +519,8 @@ def _jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array |
     leaves, structure = jax.tree.flatten(primals, is_leaf=is_none)
     slopes = jax.tree.leaves(tangents, is_leaf=is_none)
     moving = [i for i, slope in enumerate(slopes) if slope is not None]
+    assert call.results is not None
+    good = call.results[0] != primals["step"]
 
     def mean(operands: Operands, dtypes: tuple[str, ...]) -> list[Array]:
         linear = {name: operands[name] for name in ("updates", "weights", "where")}
@@ -504,15 +531,15 @@ def _jvp(call: BoundCall, primals: Operands, tangents: Operands) -> list[Array |
         for i, value in zip(moving, moved, strict=True):
             merged[i] = value
         rule = reference.SERVER_RULES[call.layout.attribute("rule")]
-        return _compose(jax.tree.unflatten(structure, merged), rule, call.batch_dims, mean)[1:]
+        operands = jax.tree.unflatten(structure, merged)
+        return _compose(operands, rule, _mean_of(operands, mean), good)[1:]
 
     _, out = jax.jvp(compose, [leaves[i] for i in moving], [slopes[i] for i in moving])
-    assert call.results is not None
     return [None, *(jnp.broadcast_to(t, x.shape) for t, x in zip(out, call.results[1:], strict=True))]
 
 
 def _partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, MeshAxes]) -> list[Array]:
-    """Local means, one all-reduce of a number that says whether all of them are finite, local steps."""
+    """Local means, one all-reduce of a number that says whether what they lead to is finite, local steps."""
     names = tuple(sorted({name for axis, used in mesh_axes.items() if axis.startswith("leaf") for name in used}))
     clients = mesh_axes.get("clients", ())
     if not names and not clients:
@@ -523,7 +550,9 @@ def _partitioned(call: BoundCall, operands: Operands, mesh_axes: dict[Axis, Mesh
         layout = call.layout._replace(out_dtypes=dtypes, attributes=(("divide", True),))
         return linear_partitioned(BoundCall(WEIGHTED_MEAN, layout, None), linear, mesh_axes)
 
-    deltas, good = _checked_mean(operands, call.batch_dims, mean, _sum_over(names), _sum_over(clients))
+    deltas = _mean_of(operands, mean)
+    rule = reference.SERVER_RULES[call.layout.attribute("rule")]
+    good = _judge(rule, operands, deltas, call.batch_dims, _sum_over(names), _sum_over(clients))
     # The mean is the update of one client, absent if it is not to be taken: the same kernel, and so the same bits.
     alone = {
         "updates": [call.over_clients(delta) for delta in deltas],
@@ -550,7 +579,7 @@ def _definition(
 
 
 def _workspace(sizes: Any, layout: Any) -> Any:
-    """The mean, in the moments' dtypes, and whether it is finite; see ffi/contract/server.cc."""
+    """The mean, in the moments' dtypes, and whether the round counts; see ffi/contract/server.cc."""
     alignment = 64
     bytes_of_batch = alignment
     for leaf in range(layout.num_leaves):

@@ -470,20 +470,23 @@ def _server_update(rule: Any, params: Any, state: Any, updates: Any, weights: An
     deltas = leaves_of_expected(weighted_mean(updates, weights, where))
     someone = where is None or bool(np.any(where))
     good = someone and all(np.isfinite(delta.value).all() for delta in deltas)
-    columns: tuple[list, list, list] = ([], [], [])
+    olds, news = [], []
     moments = zip(leaves_of(state.first_moment), leaves_of(state.second_moment), strict=True)
     for param, (first, second), delta in zip(leaves_of(params), moments, deltas, strict=True):
-        old = [widened(x) for x in (param, first, second)]
         accumulator = accumulator_of(param)
-        if not good:
-            values, magnitudes, roundings = old, old, 0
-        else:
-            (m, m_error), (v, v_error), (step, step_error) = rule(old[1], old[2], delta.value, delta.magnitude)
-            values, roundings = [old[0] + step, m, v], delta.roundings + 8
-            magnitudes = [np.abs(old[0]) + step_error, m_error, v_error]
+        old = [widened(x) for x in (param, first, second)]
+        (m, m_error), (v, v_error), (step, step_error) = rule(old[1], old[2], delta.value, delta.magnitude)
+        new = [(old[0] + step, np.abs(old[0]) + step_error), (m, m_error), (v, v_error)]
         dtypes = (param.dtype, first.dtype, second.dtype)
-        for column, value, magnitude, dtype in zip(columns, values, magnitudes, dtypes, strict=True):
-            column.append(Expected(value, np.abs(magnitude), roundings, accumulator, dtype))
+        good = good and all(np.isfinite(value.astype(d)).all() for (value, _), d in zip(new, dtypes, strict=True))
+        olds.append([Expected(x, np.abs(x), 0, accumulator, d) for x, d in zip(old, dtypes, strict=True)])
+        news.append(
+            [
+                Expected(value, np.abs(magnitude), delta.roundings + 8, accumulator, d)
+                for (value, magnitude), d in zip(new, dtypes, strict=True)
+            ]
+        )
+    columns = list(zip(*(news if good else olds), strict=True))
     structure = jax.tree.structure(params)
     step_count = np.asarray(state.step + good)
     trees = [jax.tree.unflatten(structure, column) for column in columns]
@@ -513,7 +516,9 @@ def _adaptive(eta: float, b1: float, tau: float, new_second: Any) -> Any:
         root = np.sqrt(v)
         # d(√v) = dv / 2√v.
         step_error = m_error / (root + tau) + np.abs(m) / (root + tau) ** 2 * (v_error / (2 * root) + root + tau)
-        return (m, m_error), (v, v_error), (eta * m / (root + tau), eta * step_error)
+        stays = root + tau == 0
+        step, step_error = np.where(stays, 0, eta * m / (root + tau)), np.where(stays, 0, eta * step_error)
+        return (m, m_error), (v, v_error), (step, step_error)
 
     return rule
 

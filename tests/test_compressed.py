@@ -445,6 +445,31 @@ def test_quantize_other_dtypes(dtype):
         assert np.abs(np.asarray(scale * (codes - zero_point), np.float64) - wide).max() <= float(scale) / 2 * 1.001
 
 
+@pytest.mark.parametrize("block_size", [None, 7])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_quantize_of_equal_values_is_exact_however_it_is_compiled(num_bits, block_size):
+    values = np.random.default_rng(0).standard_normal(300).astype(np.float32) * np.logspace(-30, 37, 300, dtype="f4")
+    for quantize in (ff.quantize, jax.jit(ff.quantize, static_argnames=("num_bits", "block_size"))):
+        for value in (*values, np.float32(3e38), np.float32(0)):
+            update = np.full(20, value)
+            codes, scales, zero_points = quantize(update, num_bits=num_bits, block_size=block_size)
+            got = dequantized(codes, scales, zero_points, num_bits, 20, block_size)
+            np.testing.assert_array_equal(got, update)
+            assert np.all(np.asarray(scales) > 0)
+
+
+def test_quantize_scales_are_positive_however_close_the_values():
+    values = np.random.default_rng(1).standard_normal(300).astype(np.float32)
+    for quantize in (ff.quantize, jax.jit(ff.quantize)):
+        for value in values:
+            update = np.array([value, np.nextafter(value, np.float32(np.inf))])
+            codes, scale, zero_point = quantize(update)
+            assert scale > 0
+            assert (
+                np.abs(dequantized(codes, scale, zero_point, 8, 2, None) - update) <= 2 * np.spacing(abs(value))
+            ).all()
+
+
 def test_quantize_nothing():
     codes, scale, zero_point = ff.quantize(np.zeros((0, 3), np.float32))
     assert (codes.shape, scale.shape, zero_point.shape) == ((0,), (), ())

@@ -58,11 +58,15 @@ def mean_around_median(x, f):
 
 def bulyan(x, f):
     distances, left, picks = distances_of(x), list(range(len(x))), []
+    distances[np.isnan(distances)] = np.inf
     while len(picks) < len(x) - 2 * f:
         num_neighbors = max(len(left) - f - 2, 1)
-        picks.append(min(left, key=lambda i: (score(distances, i, left, num_neighbors), i)))
-        left.remove(picks[-1])
-    return mean_around_median(x[picks], 2 * f)
+        best, pick = min((score(distances, i, left, num_neighbors), i) for i in left)
+        if not np.isfinite(best):
+            break
+        picks.append(pick)
+        left.remove(pick)
+    return mean_around_median(x[picks], 2 * f) if len(picks) > 2 * f else np.full(x.shape[1], np.nan)
 
 
 def nearest_neighbor_mixing(x, f):
@@ -120,6 +124,16 @@ def test_every_allowed_number_of_clients(name):
             elif name not in ("geometric_median", "centered_clipping"):
                 with pytest.raises(ValueError, match=f"{name}: num_byzantine is {f}; it needs .*{n_clients} clients"):
                     rule(jnp.asarray(x), f)
+
+
+@pytest.mark.parametrize("num_bad", range(8))
+def test_bulyan_past_its_tolerance(num_bad):
+    """Who is not finite is never picked, stays among those left, and so counts: then nobody may be near enough."""
+    for f in (1, 2):
+        for n_clients in (4 * f + 3, 4 * f + 5):
+            x = samples(n_clients, seed=f)
+            x[np.random.default_rng(n_clients).permutation(n_clients)[:num_bad]] = np.nan
+            np.testing.assert_allclose(ff.bulyan(jnp.asarray(x), f), bulyan(x, f), rtol=2e-5, atol=2e-5)
 
 
 @each_rule

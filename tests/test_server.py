@@ -13,6 +13,7 @@ from operations import has_kernel
 from test_battery import assert_same_bits
 
 import fedfuse_jax as ff
+from fedfuse_jax import reference
 from fedfuse_jax._primitive import OPERATIONS
 
 RULES = [
@@ -54,6 +55,10 @@ def bad_rounds():
     yield "weights cancel", good, {"weights": jnp.array([1.0, -1.0, 0.0])}
     yield "NaN weight", good, {"weights": jnp.array([1.0, jnp.nan, 1.0])}
     yield "overflow", {**good, "w": jnp.full((3, 5003), 3e38)}, {}
+    # A mean that is finite, but not what is made of it: the square, and without one the step.
+    yield "square or step", spoiled("b", 1e30), {"learning_rate": 1e20}
+    yield "infinite rate", good, {"learning_rate": jnp.inf}
+    yield "NaN rate", good, {"learning_rate": jnp.nan}
 
 
 @each_rule
@@ -61,9 +66,84 @@ def bad_rounds():
 def test_a_bad_round_changes_nothing(rule, bad):
     params, state = some_state(rule)
     _, updates, options = bad
-    got = jax.jit(functools.partial(rule, learning_rate=0.1))(params, state, updates, **options)
+    step = jax.jit(rule, donate_argnums=(0, 1))  # in place: nothing may be written before all is judged
+    got = step(*jax.tree.map(jnp.copy, (params, state)), updates, **{"learning_rate": 0.1, **options})
     assert_same_bits(got, (params, state))
     assert int(got[1].step) == 2
+    assert_same_bits(
+        jax.jit(rule_of(reference, rule))(params, state, updates, **{"learning_rate": 0.1, **options}), got
+    )
+
+
+def rule_of(module, rule):
+    return getattr(module, rule.__name__)
+
+
+@each_rule
+@pytest.mark.parametrize(("dtype", "rate"), [(jnp.float16, 1e5), (jnp.bfloat16, 3.397e38)])
+def test_a_parameter_that_overflows_as_it_is_rounded_is_refused(rule, dtype, rate):
+    params, updates = jnp.zeros(300, dtype), jnp.zeros((1, 300)).at[0, 298].set(1)
+    rates = {"tau": 0.0} if rule is not ff.fedavgm_weighted_update else {}
+    rates |= {"b1": 0.0} if rates else {}
+    rates |= {"b2": 0.0} if rule in (ff.fedadam_weighted_update, ff.fedyogi_weighted_update) else {}
+    state = ff.init_server_state(params, tau=0.0)
+    for scale, moves in ((1, False), (0.5, True)):
+        new, after = rule(params, state, updates, learning_rate=scale * rate, **rates)
+        assert (int(after.step), bool(new[298] > 0)) == (moves, moves)
+        assert bool(jnp.all(jnp.isfinite(new)))
+
+
+@each_rule
+@pytest.mark.parametrize("spoiled", ["params", "first_moment", "second_moment"])
+def test_what_is_not_finite_already_lets_no_round_through(rule, spoiled):
+    params, state = jnp.ones(9).at[4].set(jnp.inf if spoiled == "params" else 1), ff.init_server_state(jnp.ones(9))
+    if spoiled != "params":
+        state = state._replace(**{spoiled: jnp.ones(9).at[4].set(jnp.nan)})
+    got = rule(params, state, jnp.ones((3, 9)), learning_rate=0.1)
+    assert_same_bits(got, (params, state))
+
+
+@pytest.mark.parametrize("rule", RULES[1:], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("module", [ff, reference], ids=["fedfuse", "definition"])
+def test_a_huge_update_does_not_stop_a_coordinate_for_good(rule, module):
+    step = rule_of(module, rule)
+    params = jnp.zeros(2)
+    state = ff.init_server_state(params)
+    params, state = step(params, state, jnp.array([[1.0, 2e20]]), learning_rate=0.1)
+    assert (params.tolist(), int(state.step)) == ([0, 0], 0)
+    params, state = step(params, state, jnp.ones((1, 2)), learning_rate=0.1)
+    assert int(state.step) == 1
+    assert bool(jnp.all(params > 0))
+
+
+@pytest.mark.parametrize("rule", RULES[1:], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("module", [ff, reference], ids=["fedfuse", "definition"])
+def test_without_tau_what_does_not_move_stays_where_it_is(rule, module):
+    params, updates = jnp.arange(300.0), jnp.zeros((2, 300)).at[:, 7].set(1).at[:, 11].set(1e-30)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        start = params.astype(dtype)
+        state = ff.init_server_state(start, tau=0.0)
+        got, after = rule_of(module, rule)(start, state, updates, learning_rate=1.0, tau=0.0)
+        assert int(after.step) == 1
+        assert np.flatnonzero(got != start).tolist() == [7]  # the square of 1e-30 is 0 as well
+
+
+@pytest.mark.parametrize("rule", RULES[1:], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("module", [ff, reference], ids=["fedfuse", "definition"])
+@pytest.mark.parametrize("tau", [0.0, 1e-3])
+def test_gradients_are_finite_where_nothing_has_moved_yet(rule, module, tau):
+    params, updates = jnp.ones(3), jnp.array([[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
+    state = ff.init_server_state(params, tau=0.0)
+
+    def loss(params, state, updates, rate, tau):
+        of_state = ff.ServerState(jnp.zeros((), jnp.int32), *state)
+        new, after = rule_of(module, rule)(params, of_state, updates, learning_rate=rate, tau=tau, b1=0.0)
+        return jnp.sum(new) + jnp.sum(after.second_moment)
+
+    gradients = jax.grad(loss, (0, 1, 2, 3, 4))(params, tuple(state[1:]), updates, 0.5, tau)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients))
+    # At τ the step is linear at 0: η / τ for the mean of two.
+    np.testing.assert_allclose(gradients[2][:, :2], 0.5 / tau / 2 if tau else 0.0, rtol=1e-5)
 
 
 @each_rule
@@ -214,14 +294,14 @@ def test_a_coordinate_is_stepped_alike_wherever_it_stands(rule):
 # --- Several devices --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spoil", [False, True], ids=["good", "bad"])
+@pytest.mark.parametrize("spoil", [None, jnp.nan, 1e30], ids=["good", "NaN", "square"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_every_device_hears_of_a_bad_coordinate(kind, spoil):
-    """One NaN in one shard of one leaf: no device moves. The cost is one all-reduce."""
+    """One NaN or overflow in one shard of one leaf: no device moves. The cost is one all-reduce."""
     params = {"w": jnp.ones((8, 4)), "b": jnp.ones(12)}
     updates = {"w": jnp.ones((3, 8, 4)), "b": jnp.full((3, 12), 2.0)}
-    if spoil:
-        updates["b"] = updates["b"].at[1, 11].set(jnp.nan)
+    if spoil is not None:
+        updates["b"] = updates["b"].at[1, 11].set(spoil)
     state = ff.init_server_state(params)
     wanted = ff.fedadam_weighted_update(params, state, updates, learning_rate=0.1)
     mesh = jax.make_mesh((4,), ("a",), (kind,))
@@ -234,7 +314,7 @@ def test_every_device_hears_of_a_bad_coordinate(kind, spoil):
         compiled = step.lower(*arguments).compile()
         got = jax.device_get(compiled(*arguments))
     assert hlo.collectives(compiled.as_text()) == {"all-reduce": 1}
-    assert int(got[1].step) == (0 if spoil else 1)
+    assert int(got[1].step) == (1 if spoil is None else 0)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -267,7 +347,8 @@ def test_within_a_users_own_shard_map():
         mesh=mesh, in_specs=(P("a"), specs, P(None, "a")), out_specs=(P("a"), specs),
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        got, after = jax.jit(step)(params, state, updates)
-        assert (np.asarray(got).tolist(), int(after.step)) == ([1.0] * 8, 0)
+        for bad in (updates, updates.at[0, 7].set(3.4e38)):  # with Δ finite, the parameter alone overflows
+            got, after = jax.jit(step)(params.at[7].set(3e38), state, bad)
+            assert (np.asarray(got)[:7].tolist(), int(after.step)) == ([1.0] * 7, 0)
         got, after = jax.jit(step)(params, state, jnp.ones((3, 8)))
         assert (np.asarray(got).tolist(), int(after.step)) == ([2.0] * 8, 1)

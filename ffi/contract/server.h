@@ -27,7 +27,7 @@ struct ServerUpdateProblem {
   View learning_rate, b1, b2, tau;  // scalars, float32 or float64
   // The weighted mean, into scratch memory of the moments' types.
   WeightedSumProblem mean;
-  // For each element of the batch, whether the round counts: somebody takes part, and all of the mean is finite.
+  // For each element of the batch, whether the round counts: somebody takes part, and all that is new is finite.
   std::int32_t* accepted = nullptr;
 };
 

@@ -1,4 +1,5 @@
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -16,12 +17,59 @@ Real load_real(const View& view, const Batch& batch, std::int64_t element) {
                                                        : *reinterpret_cast<const float*>(from));
 }
 
-// Tiles find infinities and NaNs in parallel: all of them write the same number, so they write it atomically.
-void check_tile(const ServerUpdateProblem& problem, const Tile& tile) {
-  const View& mean = problem.mean.reduced[tile.leaf];
-  if (!linear_kernels(mean.type).all_finite(tile_data(mean, problem.shape, tile), tile.columns)) {
-    __atomic_store_n(problem.accepted + tile.batch, 0, __ATOMIC_RELAXED);
+// The least magnitude that rounds to infinity: half a unit in the last place past the largest number.
+template <typename Real>
+Real overflow_of(Type type) {
+  if (type == Type::kBFloat16) return static_cast<Real>(0x1.FFp127);
+  if (type == Type::kFloat16) return static_cast<Real>(65520);
+  return std::numeric_limits<Real>::infinity();
+}
+
+// One tile's step, with parameters in the accumulators' type, in `params` where that is not their own.
+template <typename Real>
+ServerChunk<Real> chunk_of(const ServerUpdateProblem& problem, const Tile& tile, std::vector<Real>* params) {
+  const Shape& shape = problem.shape;
+  const auto data = [&](const std::vector<View>& views) {
+    return reinterpret_cast<Real*>(tile_data(views[tile.leaf], shape, tile));
+  };
+  const auto rate = [&](const View& view) { return load_real<Real>(view, shape.batch, tile.batch); };
+  ServerChunk<Real> chunk;
+  chunk.rates = {rate(problem.learning_rate), rate(problem.b1), rate(problem.b2), rate(problem.tau)};
+  chunk.delta = data(problem.mean.reduced);
+  chunk.first = data(problem.old.first);
+  chunk.second = data(problem.old.second);
+  chunk.new_first = data(problem.updated.first);
+  chunk.new_second = data(problem.updated.second);
+  chunk.param = data(problem.old.params);
+  chunk.new_param = data(problem.updated.params);
+  chunk.columns = tile.columns;
+  const Type accumulator = problem.old.first[tile.leaf].type;
+  const Type type = problem.old.params[tile.leaf].type;
+  chunk.overflow = overflow_of<Real>(type);
+  if (type != accumulator) {
+    params->resize(tile.columns);
+    convert(type, chunk.param, accumulator, params->data(), tile.columns);
+    chunk.param = chunk.new_param = params->data();
   }
+  return chunk;
+}
+
+// Nothing is written before every tile has been judged: results may take the operands' place.
+template <typename Real>
+void judge_tile(const ServerUpdateProblem& problem, const Tile& tile) {
+  thread_local std::vector<Real> params;
+  std::int32_t* const accepted = problem.accepted + tile.batch;
+  if (__atomic_load_n(accepted, __ATOMIC_RELAXED) == 0) return;
+  const ServerChunk<Real> chunk = chunk_of(problem, tile, &params);
+  const int rule = static_cast<int>(problem.rule);
+  bool fine;
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    fine = kernels().server_rules->judge_doubles[rule](chunk);
+  } else {
+    fine = kernels().server_rules->judge_floats[rule](chunk);
+  }
+  // In parallel all tiles write the same number, so they write it atomically.
+  if (!fine) __atomic_store_n(accepted, 0, __ATOMIC_RELAXED);
 }
 
 void count_step(const ServerUpdateProblem& problem) {
@@ -46,35 +94,18 @@ void keep(const View& old, const View& updated, const Shape& shape, const Tile& 
 template <typename Real>
 void step_tile(const ServerUpdateProblem& problem, const Tile& tile) {
   thread_local std::vector<Real> params;
-  const Shape& shape = problem.shape;
-  const auto data = [&](const std::vector<View>& views) {
-    return reinterpret_cast<Real*>(tile_data(views[tile.leaf], shape, tile));
-  };
-  const auto rate = [&](const View& view) { return load_real<Real>(view, shape.batch, tile.batch); };
-  ServerChunk<Real> chunk;
-  chunk.rates = {rate(problem.learning_rate), rate(problem.b1), rate(problem.b2), rate(problem.tau)};
-  chunk.delta = data(problem.mean.reduced);
-  chunk.first = data(problem.old.first);
-  chunk.second = data(problem.old.second);
-  chunk.new_first = data(problem.updated.first);
-  chunk.new_second = data(problem.updated.second);
-  chunk.param = data(problem.old.params);
-  chunk.new_param = data(problem.updated.params);
-  chunk.columns = tile.columns;
-  const Type accumulator = problem.old.first[tile.leaf].type;
-  const Type type = problem.old.params[tile.leaf].type;
-  if (type != accumulator) {
-    params.resize(tile.columns);
-    convert(type, chunk.param, accumulator, params.data(), tile.columns);
-    chunk.param = chunk.new_param = params.data();
-  }
+  const ServerChunk<Real> chunk = chunk_of(problem, tile, &params);
   const int rule = static_cast<int>(problem.rule);
   if constexpr (sizeof(Real) == sizeof(double)) {
     kernels().server_rules->step_doubles[rule](chunk);
   } else {
     kernels().server_rules->step_floats[rule](chunk);
   }
-  if (type != accumulator) convert(accumulator, params.data(), type, data(problem.updated.params), tile.columns);
+  if (chunk.new_param == params.data()) {
+    const View& out = problem.updated.params[tile.leaf];
+    convert(problem.old.first[tile.leaf].type, params.data(), out.type, tile_data(out, problem.shape, tile),
+            tile.columns);
+  }
 }
 
 }  // namespace
@@ -86,7 +117,9 @@ Work cut(std::shared_ptr<const ServerUpdateProblem> problem) {
   Work work = cut(std::shared_ptr<const WeightedSumProblem>(problem, &problem->mean));
   work.run = [problem, tiles, average = std::move(work.run)](std::int64_t task) {
     average(task);
-    check_tile(*problem, tiles[task]);
+    const Tile tile = tiles[task];
+    with_accumulator(problem->old.first[tile.leaf].type,
+                     [&](auto zero) { judge_tile<decltype(zero)>(*problem, tile); });
   };
   work.finish = [problem] { count_step(*problem); };
 

@@ -1,4 +1,4 @@
-// The fused server optimizers: the weighted mean, whether it is finite, and the step.
+// The fused server optimizers: the weighted mean, whether the step along it stays finite, and the step.
 #include "contract/server.h"
 #include "cuda/clients.h"
 #include "cuda/elements.h"
@@ -42,50 +42,16 @@ struct Rounds {
   }
 };
 
-struct CheckOptions {
-  std::int32_t* accepted;
-};
-
-// Refuses a round whose mean is not finite. Whoever writes, writes the same.
-template <Type type>
-struct CheckMean {
-  using Bits = typename Element<type>::Bits;
-  using Elements = Pack<Bits>;
-  using Parameters = cuda::Parameters<1, CheckOptions>;
-  using Shared = Nothing;
-
-  static constexpr bool kStreams = true;
-  static constexpr int kThreads = 256;
-  static constexpr int kColumns = Elements::kSize;
-  static constexpr int kTileColumns = 16 * kThreads * kColumns;
-
-  template <typename Table>
-  static FEDFUSE_DEVICE void run(const Table& p, Shared&, std::int64_t task) {
-    const Tile tile = locate(p, task, kTileColumns);
-    const Bits* const mean = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, 1, sizeof(Bits))) + tile.begin;
-    const bool aligned = is_aligned(mean, kPackBytes);
-    Team<kThreads> team;
-    team.each([&](int thread, Nothing&) {
-      constexpr Bits kExponent = static_cast<Bits>(~Keys<type>::kNegativeInfinity);
-      bool found = false;
-#pragma unroll 4
-      for (std::int64_t column = thread * kColumns; column < tile.columns; column += kThreads * kColumns) {
-        const Elements elements = Elements::load(mean + column, aligned, tile.columns - column);
-        for (int i = 0; i < kColumns; ++i) found |= (elements.elements[i] & kExponent) == kExponent;
-      }
-      if (found) p.options.accepted[tile.batch] = 0;
-    });
-  }
-};
-
 struct StepOptions {
   ServerRule rule;
   View rates[4];
-  const std::int32_t* accepted;
+  std::int32_t* accepted;
 };
 
-// Operands: parameters and both moments, the mean, then the new parameters and moments, which may be the old ones.
-template <Type type>
+// Operands: parameters and both moments, the mean, then the new parameters and moments, which may be the old ones. A
+// pass that judges writes nothing but a refusal, where something new would not be finite; whoever writes it, writes the
+// same.
+template <Type type, bool kJudges>
 struct Step {
   using Bits = typename Element<type>::Bits;
   using Real = typename Element<type>::Accumulator;
@@ -118,6 +84,7 @@ struct Step {
     };
     const Rates<Real> rates = {rate(0), rate(1), rate(2), rate(3)};
     const bool accepted = p.options.accepted[tile.batch] != 0;
+    if (kJudges && !accepted) return;
     const bool params_aligned = is_aligned(param, kPackBytes) && is_aligned(new_param, kPackBytes);
     const bool reals_aligned = is_aligned(first, kPackBytes) && is_aligned(second, kPackBytes) &&
                                is_aligned(delta, kPackBytes) && is_aligned(new_first, kPackBytes) &&
@@ -128,6 +95,7 @@ struct Step {
       const std::int64_t columns = tile.columns - column;
       if (columns <= 0) return;
       Elements values = Elements::load(param + column, params_aligned, columns);
+      bool fine = true;
       for (int i = 0; i < kColumns; i += Reals::kSize) {
         Reals m = Reals::load(first + column + i, reals_aligned, columns - i);
         Reals v = Reals::load(second + column + i, reals_aligned, columns - i);
@@ -139,11 +107,20 @@ struct Step {
           values.elements[i + j] = Element<type>::narrow(updated.param);
           m.elements[j] = updated.first;
           v.elements[j] = updated.second;
+          if constexpr (kJudges) {
+            const auto rounded = static_cast<Real>(Element<type>::widen(values.elements[i + j]));
+            const bool counts = i + j < columns;
+            const auto overflow = static_cast<Real>(__builtin_inf());
+            fine &= !counts | stays_finite<Real>({rounded, updated.first, updated.second}, overflow);
+          }
         }
-        m.store(new_first + column + i, reals_aligned, columns - i);
-        v.store(new_second + column + i, reals_aligned, columns - i);
+        if constexpr (!kJudges) {
+          m.store(new_first + column + i, reals_aligned, columns - i);
+          v.store(new_second + column + i, reals_aligned, columns - i);
+        }
       }
-      values.store(new_param + column, params_aligned, columns);
+      if constexpr (!kJudges) values.store(new_param + column, params_aligned, columns);
+      if (!fine) p.options.accepted[tile.batch] = 0;
     });
   }
 
@@ -162,15 +139,24 @@ struct Step {
   }
 };
 
-template <Type type>
-std::string enqueue_check(const ServerUpdateProblem& problem, Stream stream) {
-  using Body = CheckMean<type>;
-  typename Body::Parameters p{};
-  p.options.accepted = problem.accepted;
-  return for_each_table(
-      problem.shape, {&problem.mean.reduced}, Body::kTileColumns, 1, &p,
-      [&](const typename Body::Parameters& table) { return launch<Body>(table, stream); },
-      [&](std::size_t leaf) { return problem.mean.reduced[leaf].type == type; });
+template <bool kJudges>
+std::string enqueue_steps(const ServerUpdateProblem& problem, Stream stream) {
+  return for_each_type([&](auto type) {
+    using Body = Step<decltype(type)::value, kJudges>;
+    typename Body::Parameters p{};
+    p.options.rule = problem.rule;
+    p.options.rates[0] = problem.learning_rate;
+    p.options.rates[1] = problem.b1;
+    p.options.rates[2] = problem.b2;
+    p.options.rates[3] = problem.tau;
+    p.options.accepted = problem.accepted;
+    return for_each_table(
+        problem.shape,
+        {&problem.old.params, &problem.old.first, &problem.old.second, &problem.mean.reduced, &problem.updated.params,
+         &problem.updated.first, &problem.updated.second},
+        Body::kTileColumns, 1, &p, [&](const typename Body::Parameters& table) { return launch<Body>(table, stream); },
+        [&](std::size_t leaf) { return problem.old.params[leaf].type == type; });
+  });
 }
 
 template <bool kCounts>
@@ -191,26 +177,10 @@ std::string enqueue_rounds(const ServerUpdateProblem& problem, Stream stream) {
 std::string enqueue(const ServerUpdateProblem& problem, Stream stream) {
   std::string error = enqueue(problem.mean, stream);
   if (error.empty()) error = enqueue_rounds<false>(problem, stream);
-  if (error.empty()) error = enqueue_check<Type::kFloat32>(problem, stream);
-  if (error.empty()) error = enqueue_check<Type::kFloat64>(problem, stream);
+  if (error.empty()) error = enqueue_steps<true>(problem, stream);
   if (error.empty()) error = enqueue_rounds<true>(problem, stream);
-  if (!error.empty()) return error;
-  return for_each_type([&](auto type) {
-    using Body = Step<decltype(type)::value>;
-    typename Body::Parameters p{};
-    p.options.rule = problem.rule;
-    p.options.rates[0] = problem.learning_rate;
-    p.options.rates[1] = problem.b1;
-    p.options.rates[2] = problem.b2;
-    p.options.rates[3] = problem.tau;
-    p.options.accepted = problem.accepted;
-    return for_each_table(
-        problem.shape,
-        {&problem.old.params, &problem.old.first, &problem.old.second, &problem.mean.reduced, &problem.updated.params,
-         &problem.updated.first, &problem.updated.second},
-        Body::kTileColumns, 1, &p, [&](const typename Body::Parameters& table) { return launch<Body>(table, stream); },
-        [&](std::size_t leaf) { return problem.old.params[leaf].type == type; });
-  });
+  if (error.empty()) error = enqueue_steps<false>(problem, stream);
+  return error;
 }
 
 }  // namespace cuda

@@ -58,8 +58,20 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ServerCoordinate<Real> server_step(const Rate
       // NaN goes through the last of these.
       second = second > square ? second - step : second < square ? second + step : second + (second - square);
     }
-    return {old.param + rates.learning_rate * first / (square_root(second) + rates.tau), first, second};
+    // Without anything to divide by, a coordinate stays where it is.
+    const Real divisor = square_root(second) + rates.tau;
+    const Real step = divisor == 0 ? 0 : rates.learning_rate * first / divisor;
+    return {old.param + step, first, second};
   }
+}
+
+// Whether a round may take this step: everything is finite, the parameter also when it is rounded to its own type, in
+// which magnitudes from `overflow` on are infinite.
+template <typename Real>
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE bool stays_finite(const ServerCoordinate<Real>& updated, Real overflow) {
+  // NaN and infinities are not equal to themselves less themselves.
+  const Real param = updated.param < 0 ? -updated.param : updated.param;
+  return (param < overflow) & (updated.first - updated.first == 0) & (updated.second - updated.second == 0);
 }
 
 }  // namespace fedfuse

@@ -140,7 +140,7 @@ class FedAdagrad(_ServerOptimizer):
     Args:
         eta: η.
         eta_l: The clients' learning rate, which is theirs to use: as in Flower, the server does not.
-        tau: τ, at least 0. At 0, a coordinate that has never moved is 0 / 0, as in Flower.
+        tau: τ, at least 0. At 0, a coordinate that has never moved stays where it is, where Flower has 0 / 0.
 
     Raises:
         ValueError: An argument is out of range; or, when called, the models are not like the parameters.
@@ -187,7 +187,7 @@ class FedAdam(_ServerOptimizer):
         eta_l: The clients' learning rate, which is theirs to use: as in Flower, the server does not.
         beta_1: β₁, at least 0 and less than 1.
         beta_2: β₂, from 0 to 1.
-        tau: τ, at least 0. At 0, a coordinate that has never moved is 0 / 0, as in Flower.
+        tau: τ, at least 0. At 0, a coordinate that has never moved stays where it is, where Flower has 0 / 0.
 
     Raises:
         ValueError: An argument is out of range; or, when called, the models are not like the parameters.
@@ -246,7 +246,7 @@ class FedYogi(_ServerOptimizer):
         eta_l: The clients' learning rate, which is theirs to use: as in Flower, the server does not.
         beta_1: β₁, from 0 to 1.
         beta_2: β₂, from 0 to 1.
-        tau: τ, at least 0. At 0, a coordinate that has never moved is 0 / 0, as in Flower.
+        tau: τ, at least 0. At 0, a coordinate that has never moved stays where it is, where Flower has 0 / 0.
 
     Raises:
         ValueError: An argument is out of range; or, when called, the models are not like the parameters.

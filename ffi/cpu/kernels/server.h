@@ -3,6 +3,7 @@
 #define FEDFUSE_CPU_KERNELS_SERVER_H_
 
 #include <cstdint>
+#include <limits>
 
 #include "math/server_rules.h"
 
@@ -20,12 +21,17 @@ struct ServerChunk {
   Real* new_first;
   Real* new_second;
   std::int64_t columns;
+  // The least magnitude that is infinite in the parameters' own type.
+  Real overflow = std::numeric_limits<Real>::infinity();
 };
 
 // By ServerRule. Each coordinate is computed alike wherever in a chunk it stands.
 struct ServerKernels {
   void (*step_floats[kNumServerRules])(const ServerChunk<float>& chunk);
   void (*step_doubles[kNumServerRules])(const ServerChunk<double>& chunk);
+  // Whether all that a step would write is finite; it writes nothing.
+  bool (*judge_floats[kNumServerRules])(const ServerChunk<float>& chunk);
+  bool (*judge_doubles[kNumServerRules])(const ServerChunk<double>& chunk);
 };
 
 // One for each instruction set that the build has; only call what the processor supports.

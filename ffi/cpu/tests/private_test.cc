@@ -1,8 +1,10 @@
 // Tests noise, clipping and server steps of every instruction set that this processor has. Needs nothing but the
 // kernels: also for sanitizers and emulators.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -89,6 +91,7 @@ void test_blocks() {
 }
 
 void test_server() {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const std::string isa = kernels().name;
   for (int rule = 0; rule < kNumServerRules; ++rule) {
     for (std::int64_t columns : {1, 15, 64, 100, 257}) {
@@ -117,6 +120,26 @@ void test_server() {
         expect(std::fabs(p[i] - exact.param) < 1e-6 && std::fabs(m[i] - exact.first) < 1e-5 &&
                    std::fabs(v[i] - exact.second) < 1e-5,
                isa + ": step");
+      }
+
+      // One coordinate, anywhere, whose moment or whose parameter would not be finite; and what is just behind them.
+      const auto judged = [&](float overflow) {
+        return kernels().server_rules->judge_floats[rule]({rates, delta.data(), param.data(), first.data(),
+                                                           second.data(), nullptr, nullptr, nullptr, columns - 1,
+                                                           overflow});
+      };
+      expect(judged(kInfinity), isa + ": a good step is refused");
+      const float largest = *std::max_element(param.begin(), param.end());
+      expect(columns < 100 || !judged(largest / 2), isa + ": a parameter overflows in its own type");
+      delta[columns - 1] = kInfinity;
+      expect(judged(kInfinity), isa + ": judged by what is behind the last coordinate");
+      for (std::int64_t bad = 0; bad + 1 < columns; bad += 1 + columns / 3) {
+        const float kept = delta[bad];
+        delta[bad] = 1e30f;
+        expect(judged(kInfinity) == (rule == 0), isa + ": a square overflows unseen");
+        delta[bad] = kInfinity;
+        expect(!judged(kInfinity), isa + ": an infinite mean passes");
+        delta[bad] = kept;
       }
     }
   }
