@@ -784,7 +784,8 @@ def quantize(
         return jnp.zeros(0, np.uint8), jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
     width = size if block_size is None else block_size
     # The last block may be short: its last value again changes neither its least nor its greatest.
-    blocks = jnp.pad(vector, (0, -size % width), mode="edge").reshape(-1, width)
+    num_blocks = (size + width - 1) // width
+    blocks = jnp.pad(vector, (0, num_blocks * width - size), mode="edge").reshape(num_blocks, width)
     least, greatest = jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)
     finite = jnp.isfinite(least) & jnp.isfinite(greatest)
     scales = greatest / top - least / top  # whose difference may overflow
@@ -798,7 +799,7 @@ def quantize(
         levels = jnp.round(positions)
     else:
         below = jnp.floor(positions)
-        levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below)
+        levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below).astype(dtype)
     scales = jnp.where(finite, safe, jnp.nan)
     codes = pack_codes(levels.astype(np.uint8), num_bits)
     return (codes, scales[0], zero_points[0]) if block_size is None else (codes, scales, zero_points)
