@@ -502,7 +502,7 @@ def _to_others(distances: Array, present: Array) -> Array:
 
 def _scores(distances: Array, present: Array, num_neighbors: Any) -> Array:
     nearest = jnp.sort(_to_others(distances, present), axis=1)
-    counted = jnp.arange(distances.shape[0]) < num_neighbors
+    counted = jnp.arange(distances.shape[0], dtype=jnp.int32) < num_neighbors
     scores = jnp.where(present, jnp.sum(jnp.where(counted, nearest, 0), axis=1), jnp.inf)
     return jnp.where(jnp.asarray(num_neighbors) >= 1, scores, jnp.nan)
 
@@ -534,7 +534,7 @@ def _select(
     num_present = jnp.sum(present, dtype=jnp.int32)
     scores = _scores(measured.distances, present, _num_neighbors(present, f))
     wanted = num_present - f if num_selected is None else num_selected
-    ranks = jnp.argsort(jnp.argsort(scores, stable=True))
+    ranks = jnp.argsort(jnp.argsort(scores, stable=True)).astype(jnp.int32)
     return jnp.isfinite(scores) & (ranks < wanted) & (wanted <= num_present)
 
 
@@ -571,7 +571,7 @@ def _neighbor_means(distances: Array, present: Array, active: Array, num_byzanti
     num_kept = jnp.sum(present, dtype=jnp.int32) - num_byzantine
     # Itself comes first, also where a duplicate has a lower index.
     to_all = jnp.where(itself, -1, _to_others(distances, active))
-    ranks = jnp.argsort(jnp.argsort(to_all, axis=1, stable=True), axis=1)
+    ranks = jnp.argsort(jnp.argsort(to_all, axis=1, stable=True), axis=1).astype(jnp.int32)
     chosen = (ranks < jnp.maximum(num_kept, 1)) & jnp.isfinite(to_all) & active[:, None]
     shares = 1 / jnp.sum(chosen, axis=1, keepdims=True).astype(distances.dtype)
     return jnp.where(chosen, jnp.where(num_kept >= 1, shares, jnp.nan), 0)
@@ -595,7 +595,7 @@ def _bucket_means(key: Array, active: Array, bucket_size: int, dtype: Any) -> Ar
     shuffled = _permutation(key, n_clients)
     shuffled = shuffled[jnp.argsort(~active[shuffled], stable=True)]
     bucket_of = jnp.zeros(n_clients, jnp.int32).at[shuffled].set(jnp.arange(n_clients, dtype=jnp.int32) // bucket_size)
-    rows = jnp.arange(-(-n_clients // bucket_size))
+    rows = jnp.arange(-(-n_clients // bucket_size), dtype=jnp.int32)
     members = (bucket_of[None] == rows[:, None]) & active[None]
     sizes = jnp.maximum(jnp.sum(members, axis=1, keepdims=True, dtype=jnp.int32), 1)
     return members.astype(dtype) / sizes.astype(dtype)

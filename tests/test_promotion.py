@@ -1,4 +1,4 @@
-"""Under JAX's strict promotion of dtypes and ranks everything lowers, kernels or definitions, forwards and backwards."""
+"""Under JAX's strict promotion of dtypes and ranks everything lowers, with kernels or without, and derivatives too."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ RULES = {
     "weighted_mean of numbers": lambda x: ff.weighted_mean(x, list(range(7))),
     "clipped_noisy_weighted_sum": lambda x: ff.clipped_noisy_weighted_sum(KEY, x, np.ones(7), 1, 1),
     "noise of another generator": lambda x: ff.noisy_weighted_sum(jax.random.key(0, impl="rbg"), x, np.ones(7), 1),
-    "topk_sparsify": lambda x: ff.topk_sparsify(x, 3, jnp.ones_like(x, jnp.float32)),
+    "topk_sparsify": lambda x: ff.topk_sparsify(x, 3, jnp.ones_like(x, ff.reference.accumulator_dtype(x.dtype))),
     "topk_sparse_weighted_sum": lambda x: ff.topk_sparse_weighted_sum(x, np.full((7, 5), 2), np.ones(7), 4),
     "quantize": ff.quantize,
     "quantize at random": lambda x: ff.quantize({"x": x}, key=KEY, num_bits=4, block_size=3),
