@@ -227,7 +227,7 @@ def _selected(leaf: Array, trim_count: Any, where: Array | None, around_median: 
     num_present = jnp.sum(_present(where, leaf.shape[0]), dtype=jnp.int32)
     trim_count = jnp.asarray(trim_count, jnp.int32) if not around_median else trim_count
     values, clients = _by_rank(leaf, where)
-    ranks = jnp.argsort(clients, axis=0)
+    ranks = jnp.argsort(clients, axis=0).astype(jnp.int32)
     if around_median:
         num_kept = num_present - trim_count
         first = _first_around_median(values, trim_count, num_present)[None]
