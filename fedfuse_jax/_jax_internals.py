@@ -5,10 +5,12 @@ The tests import this file under the oldest and the newest supported JAX.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import dispatch
+from jax._src import core, dispatch
+from jax._src.export import _export
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
@@ -24,12 +26,15 @@ __all__ = [
     "apply_primitive",
     "as_varying",
     "batching",
+    "bound_axes",
     "custom_partitioning",
     "explicit_axes",
     "flattened",
+    "is_known",
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
+    "register_namedtuple_serialization",
     "replicated",
     "resharded",
     "threefry_bits",
@@ -60,6 +65,26 @@ def lowers_for_many_devices(ctx: mlir.LoweringRuleContext) -> bool:
     if isinstance(context, SPMDAxisContext):
         return set(context.manual_axes) != set(context.mesh.axis_names)
     return isinstance(context, ShardingContext) and context.num_devices > 1
+
+
+def is_known(compare: Callable[[], bool]) -> bool:
+    """Whether a comparison of sizes, symbolic ones perhaps, can be told."""
+    try:
+        compare()
+    except core.InconclusiveDimensionOperation:
+        return False
+    return True
+
+
+def register_namedtuple_serialization(kind: type, name: str) -> None:
+    """Lets an exported program take and return a ``kind``; that of a module loaded anew takes the place of the old."""
+    _export.deserialization_registry.pop(name, None)
+    _export.register_namedtuple_serialization(kind, serialized_name=name)
+
+
+def bound_axes() -> tuple[Any, ...]:
+    """The names over which collectives may reduce where this is traced."""
+    return core.get_axis_env().axis_names()
 
 
 def varying_axes(value: Any) -> frozenset[Any]:

@@ -575,7 +575,7 @@ class ShardingPlan(NamedTuple):
     run: Callable[..., list[Array]]
 
 
-OPERATIONS: dict[str, Operation] = {}
+OPERATIONS: dict[str, Operation] = globals().get("OPERATIONS", {})  # the same one if this module is loaded anew
 
 
 class BoundCall(NamedTuple):

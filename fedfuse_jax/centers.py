@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from fedfuse_jax import _checks as checks
@@ -85,9 +84,10 @@ def geometric_median(
     if weights is not None:
         weights = internals.replicated(checks.per_client(name, "weights", weights, n_clients, dtype))
     iterations = checks.python_int(name, "num_iterations", num_iterations, 1)
-    floor = _not_negative(name, "smoothing", smoothing, dtype)
+    floor = checks.bounded_scalar(name, "smoothing", smoothing, dtype)
     where = checks.participation(name, where, n_clients)
     dtypes = checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     present = internals.replicated(finite_clients(updates, axis_name=axis_name))
     if where is not None:
         present = present & internals.replicated(where)
@@ -155,10 +155,11 @@ def centered_clipping(
     leaves, n_clients = checks.client_stacked(name, updates)
     start = _center_of(name, leaves, center)
     dtype = checks.tree_accumulator(leaves.arrays)
-    limit = _not_negative(name, "radius", radius, dtype)
+    limit = checks.bounded_scalar(name, "radius", radius, dtype)
     iterations = checks.python_int(name, "num_iterations", num_iterations, 1)
     where = checks.participation(name, where, n_clients)
     dtypes = checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     everybody = jnp.ones((n_clients,), bool) if where is None else internals.replicated(where)
     numbers = {"present": everybody, "limit": limit}
     return leaves.unflatten(
@@ -167,13 +168,6 @@ def centered_clipping(
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------
-
-
-def _not_negative(operation: str, argument: str, value: Any, dtype: Any) -> Array:
-    number = checks.real_scalar(operation, argument, value, dtype)
-    if isinstance(value, int | float | np.integer | np.floating) and not value >= 0:
-        raise ValueError(f"{operation}: {argument} is {value}; it needs to be at least 0.")
-    return number
 
 
 def _center_of(operation: str, updates: checks.Leaves, center: PyTree) -> list[Array]:

@@ -19,10 +19,6 @@ from fedfuse_jax._primitive import Axis, BoundCall, Operand, Operands, Operation
 
 PyTree = Any
 
-# Kernels hold an index in an int32.
-LARGEST_INDEX = 2**31 - 1
-
-
 # --- Sparse updates -------------------------------------------------------------------------------------------
 
 
@@ -75,10 +71,9 @@ def topk_sparse_weighted_sum(values: Any, indices: Any, weights: Any, num_params
     needed = "floating-point values of shape (n_clients, k)"
     values = checks.matrix_per_client(name, "values", values, None, jnp.floating, needed)
     checks.supported_float(name, "values", values)
+    values = jnp.asarray(values)
     n_clients = values.shape[0]
     num_params = checks.python_int(name, "num_params", num_params, 0)
-    if num_params > LARGEST_INDEX:
-        raise ValueError(f"{name}: num_params is {num_params}; it needs to be at most {LARGEST_INDEX}.")
     indices = _int32_indices(name, indices, values.shape, num_params)
     dtype = reference.accumulator_dtype(values.dtype)
     operands = {
@@ -93,10 +88,10 @@ def topk_sparse_weighted_sum(values: Any, indices: Any, weights: Any, num_params
 def _int32_indices(operation: str, indices: Any, shape: Any, num_params: int) -> Array:
     """Indices as the kernels take them; one that int32 cannot hold is out of range, not another index."""
     needed = f"integers of shape {shape}, one for each of the values"
-    if isinstance(indices, np.ndarray) and indices.dtype in (np.int64, np.uint64):
+    array = checks.as_given(operation, "indices", indices, needed)
+    if isinstance(array, np.ndarray) and checks.is_integer(array):
         # JAX would cut them to 32 bits.
-        indices = np.where((indices >= 0) & (indices < num_params), indices, -1).astype(np.int32)
-    array = checks.as_array(operation, "indices", indices, needed)
+        array = np.where((array >= 0) & (array < num_params), array, -1).astype(np.int32)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{operation}: indices has dtype {array.dtype}; it needs {needed}.")
     if array.shape != shape:
@@ -104,7 +99,7 @@ def _int32_indices(operation: str, indices: Any, shape: Any, num_params: int) ->
     if array.dtype.itemsize == 8:
         array = jnp.where((array >= 0) & (array < num_params), array, -1)
     # A uint32 beyond int32 turns negative, and so stays out of range.
-    return array.astype(np.int32)
+    return jnp.asarray(array.astype(np.int32))
 
 
 def _whole(leaves: checks.Leaves) -> list[Array]:
@@ -159,10 +154,14 @@ def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tup
     leaves = checks.float_leaves(name, "update", update)
     size = sum(leaf.size for leaf in leaves.arrays)
     k = checks.python_int(name, "k", k, 0)
+    if not internals.is_known(lambda: k <= size):
+        raise ValueError(
+            f"{name}: update has a symbolic number of entries, {size}; it needs one known to be at least k."
+        )
     if k > size:
         raise ValueError(f"{name}: k is {k}; it needs to be at most the number of entries of update, {size}.")
-    if size > LARGEST_INDEX:
-        raise ValueError(f"{name}: update has {size} entries; it needs to have at most {LARGEST_INDEX}.")
+    if isinstance(size, int) and size > checks.LARGEST_INT32:
+        raise ValueError(f"{name}: update has {size} entries; it needs to have at most {checks.LARGEST_INT32}.")
     old = None
     if residual is not None:
         left = checks.float_leaves(name, "residual", residual)
@@ -250,6 +249,7 @@ def quantized_weighted_sum(
     codes = checks.matrix_per_client(name, "codes", codes, None, jnp.integer, needed)
     if codes.dtype not in (np.uint8, np.int8):
         raise TypeError(f"{name}: codes has dtype {codes.dtype}; it needs {needed}.")
+    codes = jnp.asarray(codes)
     n_clients, num_bytes = codes.shape
     per_byte = 8 // num_bits
     if num_params is None:
@@ -267,7 +267,9 @@ def quantized_weighted_sum(
         num_blocks = (num_params + block_size - 1) // block_size
     scales = _per_block(name, "scales", scales, n_clients, num_blocks)
     zero_points = _per_block(name, "zero_points", zero_points, n_clients, num_blocks)
-    dtype = reference.accumulator_dtype(scales.dtype, zero_points.dtype)
+    dtype = checks.accumulator_of(scales, zero_points)
+    scales = checks.in_dtype(name, "scales", scales, dtype)
+    zero_points = checks.in_dtype(name, "zero_points", zero_points, dtype)
     layout = _code_layout(num_bytes, num_params, num_bits, block_size)
     if _is_regular(**layout):
         codes = codes[:, None] if num_blocks is None else codes.reshape(n_clients, num_blocks, -1)
@@ -275,8 +277,8 @@ def quantized_weighted_sum(
         scales, zero_points = scales[:, None], zero_points[:, None]
     operands = {
         "codes": codes,
-        "scales": scales.astype(dtype),
-        "zero_points": zero_points.astype(dtype),
+        "scales": scales,
+        "zero_points": zero_points,
         "weights": checks.per_client(name, "weights", weights, n_clients, dtype),
         "where": checks.participation(name, where, n_clients),
     }
@@ -284,13 +286,13 @@ def quantized_weighted_sum(
     return internals.flattened(total)
 
 
-def _per_block(operation: str, argument: str, value: Any, n_clients: Any, num_blocks: Any) -> Array:
-    """Real numbers, one for each client or for each block of each client."""
+def _per_block(operation: str, argument: str, value: Any, n_clients: Any, num_blocks: Any) -> Array | np.ndarray:
+    """Real numbers as given, one for each client or for each block of each client."""
     shape: tuple[Any, ...] = (n_clients,) if num_blocks is None else (n_clients, num_blocks)
     whose = "one per client (more need a block_size)" if num_blocks is None else "one per client and block"
     needed = f"real numbers of shape {shape}, {whose}"
-    array = checks.as_array(operation, argument, value, needed)
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
+    array = checks.real_numbers(operation, argument, value, needed)
+    if array.dtype == bool:
         raise TypeError(f"{operation}: {argument} has dtype {array.dtype}; it needs {needed}.")
     if array.shape != shape:
         raise ValueError(f"{operation}: {argument} has shape {array.shape}; it needs {needed}.")
@@ -404,8 +406,15 @@ def hadamard_rotation(update: PyTree, key: Any) -> PyTree:
       *Determinism*: the same key gives the same rotation.
     """
     leaves = checks.float_leaves("hadamard_rotation", "update", update)
+    for leaf, path in zip(leaves.arrays, leaves.paths, strict=True):
+        _check_size_to_pad("hadamard_rotation", path, leaf.shape)
     key = checks.random_key("hadamard_rotation", key)
     return leaves.unflatten(reference.hadamard_rotation(_whole(leaves), key))
+
+
+def _check_size_to_pad(operation: str, argument: str, shape: tuple[Any, ...]) -> None:
+    if not isinstance(math.prod(shape), int):
+        raise ValueError(f"{operation}: {argument} has the symbolic shape {shape}; it needs sizes that are known.")
 
 
 def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree:
@@ -449,6 +458,7 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree
         raise ValueError(f"{name}: like has the structure {treedef}; it needs rotated's, {leaves.treedef}.")
     for leaf, path, model in zip(leaves.arrays, leaves.paths, models, strict=True):
         shape = np.shape(model)
+        _check_size_to_pad(name, path.replace("rotated", "like", 1), shape)
         length = reference.padded_size(math.prod(shape))
         if leaf.shape != (length,):
             raise ValueError(

@@ -48,7 +48,8 @@ def pairwise_squared_distances(updates: PyTree, *, where: Any = None, axis_name:
 
     Raises:
       TypeError: A leaf is not floating point, or ``where`` is not bool.
-      ValueError: Leaves and ``where`` disagree on the number of clients, or there is none.
+      ValueError: Leaves and ``where`` disagree on the number of clients, there is none, or
+        ``axis_name`` is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +69,7 @@ def pairwise_squared_distances(updates: PyTree, *, where: Any = None, axis_name:
     name = "pairwise_squared_distances"
     leaves, n_clients = checks.client_stacked(name, updates)
     where = checks.participation(name, where, n_clients)
-    return _measure(leaves, where, axis_name).distances
+    return _measure(leaves, where, checks.mesh_axes(name, axis_name)).distances
 
 
 class Measured(NamedTuple):
@@ -312,6 +313,7 @@ def bulyan(
             "clients."
         )
     checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     measured, present = _measured(name, leaves, n_clients, where, distances, axis_name)
     picks = _picks(measured.distances, present, f)
     return mean_around_median(updates, 2 * f, where=picks, out_dtype=out_dtype)
@@ -375,6 +377,7 @@ def nearest_neighbor_mixing(
             f"{name}: num_byzantine is {f}; it needs to be less than n_clients, and there are {n_clients} clients."
         )
     dtypes = checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     measured, present = _measured(name, leaves, n_clients, where, distances, axis_name)
     finite = measured.finite
     if finite is None:
@@ -439,6 +442,7 @@ def bucketing(
     size = checks.python_int(name, "bucket_size", bucket_size, 1)
     where = checks.participation(name, where, n_clients)
     dtypes = checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     active = internals.replicated(finite_clients(updates, axis_name=axis_name))
     if where is not None:
         active = active & internals.replicated(where)
@@ -498,7 +502,7 @@ def _to_others(distances: Array, present: Array) -> Array:
 
 def _scores(distances: Array, present: Array, num_neighbors: Any) -> Array:
     nearest = jnp.sort(_to_others(distances, present), axis=1)
-    counted = jnp.arange(distances.shape[0]) < num_neighbors
+    counted = jnp.arange(distances.shape[0], dtype=jnp.int32) < num_neighbors
     scores = jnp.where(present, jnp.sum(jnp.where(counted, nearest, 0), axis=1), jnp.inf)
     return reference.or_nan(jnp.asarray(num_neighbors) >= 1, scores)
 
@@ -516,6 +520,7 @@ def _select(
     """Who has the lowest scores, at ties the lower index; nobody if that cannot be said."""
     leaves, n_clients = checks.client_stacked(name, updates)
     checks.result_dtypes(name, leaves.arrays, out_dtype)
+    axis_name = checks.mesh_axes(name, axis_name)
     f = checks.python_int(name, "num_byzantine", num_byzantine, 0)
     _check_neighbors(name, f, n_clients)
     if num_selected is not None:
@@ -538,7 +543,7 @@ def _lowest(distances: Array, present: Array, num_byzantine: int, num_selected: 
     num_neighbors = _num_neighbors(present, num_byzantine)
     scores = _scores(distances, present, jnp.maximum(num_neighbors, 1))
     wanted = num_present - num_byzantine if num_selected is None else num_selected
-    ranks = jnp.argsort(jnp.argsort(scores, stable=True))
+    ranks = jnp.argsort(jnp.argsort(scores, stable=True)).astype(jnp.int32)
     return jnp.isfinite(scores) & (ranks < wanted) & (wanted <= num_present) & (num_neighbors >= 1)
 
 
@@ -575,19 +580,31 @@ def _neighbor_means(distances: Array, present: Array, active: Array, num_byzanti
     num_kept = jnp.sum(present, dtype=jnp.int32) - num_byzantine
     # Itself comes first, also where a duplicate has a lower index.
     to_all = jnp.where(itself, -1, _to_others(distances, active))
-    ranks = jnp.argsort(jnp.argsort(to_all, axis=1, stable=True), axis=1)
+    ranks = jnp.argsort(jnp.argsort(to_all, axis=1, stable=True), axis=1).astype(jnp.int32)
     chosen = (ranks < jnp.maximum(num_kept, 1)) & jnp.isfinite(to_all) & active[:, None]
     shares = 1 / jnp.sum(chosen, axis=1, keepdims=True).astype(distances.dtype)
     return jnp.where(chosen, reference.or_nan(num_kept >= 1, shares), 0)
 
 
+def _permutation(key: Array, n_clients: Any) -> Array:
+    """``jax.random.permutation``; of a symbolic number of clients, which that refuses, by its own algorithm."""
+    if isinstance(n_clients, int):
+        return jax.random.permutation(key, n_clients)
+    order = jnp.arange(n_clients)
+    for rounds in range(3):  # sorts by random keys: more clients, more rounds
+        key, subkey = jax.random.split(key)
+        _, shuffled = lax.sort_key_val(jax.random.bits(subkey, (n_clients,)), order)
+        order = jnp.where(jnp.asarray(n_clients) > int((2**32 - 1) ** (rounds / 3)), shuffled, order)
+    return order
+
+
 def _bucket_means(key: Array, active: Array, bucket_size: int, dtype: Any) -> Array:
     """The matrix that averages the active clients, in random order, in buckets."""
     n_clients = active.shape[0]
-    shuffled = jax.random.permutation(key, n_clients)
+    shuffled = _permutation(key, n_clients)
     shuffled = shuffled[jnp.argsort(~active[shuffled], stable=True)]
     bucket_of = jnp.zeros(n_clients, jnp.int32).at[shuffled].set(jnp.arange(n_clients, dtype=jnp.int32) // bucket_size)
-    rows = jnp.arange(-(-n_clients // bucket_size))
+    rows = jnp.arange(-(-n_clients // bucket_size), dtype=jnp.int32)
     members = (bucket_of[None] == rows[:, None]) & active[None]
     sizes = jnp.maximum(jnp.sum(members, axis=1, keepdims=True, dtype=jnp.int32), 1)
     return members.astype(dtype) / sizes.astype(dtype)

@@ -246,11 +246,10 @@ def adaptive_clip_norm(
       *Determinism*: the same bits for the same key.
     """
     name = "adaptive_clip_norm"
-    values = checks.as_array(name, "norms", norms, "real numbers of shape (n_clients,), one per client")
+    values = checks.real_numbers(name, "norms", norms, "real numbers of shape (n_clients,), one per client")
     if values.ndim != 1 or values.shape[0] == 0:
         raise ValueError(f"{name}: norms has shape {values.shape}; it needs (n_clients,), one client at least.")
-    dtypes = [getattr(x, "dtype", np.dtype(np.float32)) for x in (values, clip_norm)]
-    dtype = reference.accumulator_dtype(*(x for x in dtypes if jnp.issubdtype(x, np.number)))
+    dtype = checks.accumulator_of(values, clip_norm)
     values = checks.per_client(name, "norms", values, values.shape[0], dtype)
     if key is None and isinstance(count_stddev, int | float | np.generic) and count_stddev != 0:
         raise ValueError(f"{name}: key is None and count_stddev {count_stddev}; the noise needs a key.")
@@ -289,6 +288,8 @@ def _bind(
         "weights": checks.per_client(name, "weights", weights, n_clients, dtype),
         "where": checks.participation(name, where, n_clients),
     }
+    return_norms = checks.python_bool(name, "return_norms", return_norms)
+    axis_name = checks.mesh_axes(name, axis_name)
     if clip:
         operands["max_norm"] = checks.bounded_scalar(name, "max_norm", max_norm, dtype)
         operands["given_norms"] = None

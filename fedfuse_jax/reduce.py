@@ -131,7 +131,8 @@ def squared_norms(updates: PyTree, *, where: Any = None, axis_name: Any = None) 
 
     Raises:
       TypeError: A leaf is not floating point, or ``where`` is not bool.
-      ValueError: Leaves and ``where`` disagree on the number of clients, or there is none.
+      ValueError: Leaves and ``where`` disagree on the number of clients, there is none, or
+        ``axis_name`` is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,6 +150,7 @@ def squared_norms(updates: PyTree, *, where: Any = None, axis_name: Any = None) 
     """
     leaves, n_clients = checks.client_stacked("squared_norms", updates)
     where = checks.participation("squared_norms", where, n_clients)
+    axis_name = checks.mesh_axes("squared_norms", axis_name)
     dtype = checks.tree_accumulator(leaves.arrays)
     (norms,) = SQUARED_NORMS.bind({"updates": leaves.arrays, "where": where}, (dtype.name,))
     return norms if axis_name is None else lax.psum(norms, axis_name)
@@ -169,7 +171,8 @@ def finite_clients(updates: PyTree, *, axis_name: Any = None) -> Array:
 
     Raises:
       TypeError: A leaf is not floating point.
-      ValueError: Leaves disagree on the number of clients, or there is none.
+      ValueError: Leaves disagree on the number of clients, there is none, or
+        ``axis_name`` is not bound.
 
     Example:
       >>> import jax.numpy as jnp
@@ -189,6 +192,7 @@ def finite_clients(updates: PyTree, *, axis_name: Any = None) -> Array:
       *Determinism*: exact.
     """
     leaves, _ = checks.client_stacked("finite_clients", updates)
+    axis_name = checks.mesh_axes("finite_clients", axis_name)
     (finite,) = FINITE_CLIENTS.bind({"updates": leaves.arrays}, ("bool",))
     return finite if axis_name is None else all_reduce("all", finite, axis_name)
 

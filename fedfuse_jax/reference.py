@@ -218,7 +218,7 @@ def _first_around_median(values: Array, num_byzantine: int, num_present: Array) 
     first_gained = jnp.maximum(num_present - num_byzantine, 0)
     gained = lax.dynamic_slice_in_dim(values, first_gained, num_byzantine).astype(dtype)
     # An infinite median is at no distance from itself, and infinitely far from all else.
-    reached = (gained == jnp.inf) & (lost < jnp.inf) & (a + b == jnp.inf) & (b == jnp.inf)
+    reached = (gained == jnp.inf) & (lost < jnp.inf) & ((a + b == jnp.inf) & (b == jnp.inf))[None]
     slides = _sum_is_less(lost, gained, a[None], b[None]) | reached
     return jnp.sum(slides, axis=0, dtype=jnp.int32)
 
@@ -232,10 +232,10 @@ def _selected(leaf: Array, trim_count: Any, where: Array | None, around_median: 
     num_present = jnp.sum(_present(where, leaf.shape[0]), dtype=jnp.int32)
     trim_count = jnp.asarray(trim_count, jnp.int32) if not around_median else trim_count
     values, clients = _by_rank(leaf, where)
-    ranks = jnp.argsort(clients, axis=0)
+    ranks = jnp.argsort(clients, axis=0).astype(jnp.int32)
     if around_median:
         num_kept = num_present - trim_count
-        first = _first_around_median(values, trim_count, num_present)
+        first = _first_around_median(values, trim_count, num_present)[None]
     else:
         num_kept = jnp.where(trim_count < 0, 0, num_present - 2 * trim_count)
         first = trim_count
@@ -327,7 +327,9 @@ def difference_dots(updates: PyTree, others: PyTree, *, where: Array | None = No
     def dots_leaf(leaf: Array, other: Array) -> Array:
         shape = (leaf.shape[0], math.prod(leaf.shape[1:]))
         rows, other_rows = leaf.reshape(shape).astype(dtype), other.reshape(shape).astype(dtype)
-        return lax.map(lambda row: _pairwise_sum((rows - row[0]) * (other_rows - row[1])), (rows, other_rows))
+        return lax.map(
+            lambda row: _pairwise_sum((rows - row[0][None]) * (other_rows - row[1][None])), (rows, other_rows)
+        )
 
     dots = functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(dots_leaf, updates, others)))
     return jnp.where(_pairs(where, dots.shape[0]), dots, 0)
@@ -773,7 +775,7 @@ def quantized_dots(
     """``Σⱼ (qᵢⱼ − zᵢ) vⱼ`` per client, or per block of each client: what the sum's derivatives are made of."""
     num_params = vector.shape[0]
     levels = unpack_codes(codes, num_bits)[:, :num_params].astype(vector.dtype)
-    products = (levels - _over_blocks(zero_points.astype(vector.dtype), num_params, block_size)) * vector
+    products = (levels - _over_blocks(zero_points.astype(vector.dtype), num_params, block_size)) * vector[None]
     if where is not None:
         products = jnp.where(where[:, None], products, 0)
     if block_size is None:
@@ -794,7 +796,8 @@ def quantize(
         return jnp.zeros(0, np.uint8), jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
     width = size if block_size is None else block_size
     # The last block may be short: its last value again changes neither its least nor its greatest.
-    blocks = jnp.pad(vector, (0, -size % width), mode="edge").reshape(-1, width)
+    num_blocks = 1 if block_size is None else (size + width - 1) // width
+    blocks = jnp.pad(vector, (0, num_blocks * width - size), mode="edge").reshape(num_blocks, width)
     least, greatest = jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)
     finite = jnp.isfinite(least) & jnp.isfinite(greatest)
     # Halves, whose difference does not overflow, and is 0 exactly, however it is compiled, where all values are alike.
@@ -808,7 +811,7 @@ def quantize(
         levels = jnp.round(positions)
     else:
         below = jnp.floor(positions)
-        levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below)
+        levels = below + (jax.random.uniform(key, (size,), dtype) < positions - below).astype(dtype)
     scales = or_nan(finite, safe)
     codes = pack_codes(levels.astype(np.uint8), num_bits)
     return (codes, scales[0], zero_points[0]) if block_size is None else (codes, scales, zero_points)

@@ -194,14 +194,16 @@ def _trim_count(trim_count: Any, trim_fraction: Any, where: Array | None, n_clie
             )
         return k
     needed = "an integer scalar"
-    array = checks.as_array(name, "trim_count", trim_count, needed)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
+    array = checks.as_given(name, "trim_count", trim_count, needed)
+    if not checks.is_integer(array):
         raise TypeError(f"{name}: trim_count has dtype {array.dtype}; it needs {needed}.")
     if array.shape != ():
         raise ValueError(f"{name}: trim_count has shape {array.shape}; it needs {needed}.")
     # A count beyond int32 leaves nobody, as -1 and the largest int32 do.
+    if isinstance(array, np.ndarray):
+        return jnp.asarray(min(max(array.item(), -1), checks.LARGEST_INT32), np.int32)
     limits = jnp.iinfo(array.dtype)
-    return jnp.clip(array, max(-1, limits.min), min(np.iinfo(np.int32).max, limits.max)).astype(jnp.int32)
+    return jnp.clip(array, max(-1, limits.min), min(checks.LARGEST_INT32, limits.max)).astype(jnp.int32)
 
 
 def _trim_count_from_fraction(trim_fraction: Any, where: Array | None, n_clients: Any) -> int | Array:

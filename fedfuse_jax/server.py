@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, export, lax
+from jax import Array, lax
 
 from fedfuse_jax import _checks as checks
+from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
 from fedfuse_jax._primitive import Axis, BoundCall, MeshAxes, Operand, Operands, Operation
 from fedfuse_jax.reduce import WEIGHTED_MEAN, linear_partitioned
@@ -34,7 +35,7 @@ class ServerState(NamedTuple):
 
 
 # So that an exported program may take and return one.
-export.register_namedtuple_serialization(ServerState, serialized_name="fedfuse_jax.ServerState")
+internals.register_namedtuple_serialization(ServerState, "fedfuse_jax.ServerState")
 
 
 # --- Operations -----------------------------------------------------------------------------------------------
@@ -400,6 +401,7 @@ def _update(
     for scalar in SCALARS:
         argument = (names or {}).get(scalar, scalar)
         operands[scalar] = checks.bounded_scalar(name, argument, scalars.get(scalar, 0), dtype, **RANGES[scalar])
+    axis_name = checks.mesh_axes(name, axis_name)
     if axis_name is not None:
         deltas = _mean_of(operands, _mean_here)
         judged, at = jax.tree.map(lax.stop_gradient, (operands, deltas))
@@ -419,11 +421,7 @@ def _check_state(name: str, state: Any, params: checks.Leaves) -> tuple[Array, l
     needed = "a ServerState of init_server_state(params)"
     if not isinstance(state, ServerState):
         raise TypeError(f"{name}: state is {checks.describe(state)}; it needs {needed}.")
-    step = checks.as_array(name, "state.step", state.step, "an int32 scalar")
-    if step.dtype != np.int32:
-        raise TypeError(f"{name}: state.step has dtype {step.dtype}; it needs an int32 scalar.")
-    if step.shape != ():
-        raise ValueError(f"{name}: state.step has shape {step.shape}; it needs an int32 scalar.")
+    step = checks.int32_scalar(name, "state.step", state.step)
     moments = []
     for part in ("first_moment", "second_moment"):
         tree = checks.float_leaves(name, f"state.{part}", getattr(state, part))

@@ -100,7 +100,7 @@ BAD_WHERE = {
     "scalar": (True, ValueError, "()", "(4,)"),
     "matrix": (np.ones((4, 3), bool), ValueError, "(4, 3)", "(4,)"),
     "integers": (np.ones(4, np.int32), TypeError, "int32", "bool"),
-    "floats": ([1.0, 0.0, 1.0, 1.0], TypeError, "float32", "bool"),
+    "floats": ([1.0, 0.0, 1.0, 1.0], TypeError, "float64", "bool"),
     "key": (jax.random.split(KEY, 4), TypeError, "key", "bool"),
     "text": ("everybody", TypeError, "everybody", "bool"),
 }
@@ -117,7 +117,7 @@ BAD_WEIGHTS = {
     "too long": (np.ones(5), ValueError, "(5,)", "(4,)"),
     "scalar": (1.0, ValueError, "()", "(4,)"),
     "matrix": (np.ones((4, 1)), ValueError, "(4, 1)", "(4,)"),
-    "complex": (np.ones(4, complex), TypeError, "complex64", "real"),
+    "complex": (np.ones(4, complex), TypeError, "complex128", "real"),
     "key": (jax.random.split(KEY, 4), TypeError, "key", "real"),
     "text": ("equal", TypeError, "equal", "real"),
 }
@@ -149,7 +149,7 @@ def test_out_dtype(operation, out_dtype):
 
 BAD_TRIMS = {
     "nobody left": ({"trim_count": 2}, ValueError, "trim_count", "is 2", "4 clients"),
-    "far too many": ({"trim_count": 10**30}, ValueError, "trim_count", "4 clients"),
+    "far too many": ({"trim_count": 10**30}, ValueError, "trim_count", "at most 2147483647"),
     "negative": ({"trim_count": -1}, ValueError, "trim_count", "-1", "at least 0"),
     "NumPy, nobody left": ({"trim_count": np.int64(2)}, ValueError, "trim_count", "is 2", "4 clients"),
     "float": ({"trim_count": 1.0}, TypeError, "trim_count", "float 1.0", "integer"),
@@ -184,7 +184,7 @@ BAD_STEPS = {
     "integer update": ((jnp.ones(3), jnp.ones(3, int), 1.0), TypeError, "update", "int32", "floating-point"),
     "integer total": ((jnp.ones(3, int), jnp.ones(3), 1.0), TypeError, "total", "int32", "floating-point"),
     "weight vector": ((TREE, TREE, jnp.ones(2)), ValueError, "weight", "(2,)", "scalar"),
-    "weight complex": ((TREE, TREE, 1j), TypeError, "weight", "complex64", "real"),
+    "weight complex": ((TREE, TREE, 1j), TypeError, "weight", "complex128", "real"),
     "weight key": ((TREE, TREE, KEY), TypeError, "weight", "key", "real"),
     "weight text": ((TREE, TREE, "one"), TypeError, "weight", "'one'", "real"),
 }
@@ -224,7 +224,7 @@ BAD_AMOUNTS = {
     "negative NumPy": (np.float32(-0.5), ValueError, "-0.5", "at least 0"),
     "NaN": (float("nan"), ValueError, "nan", "at least 0"),
     "vector": (jnp.ones(4), ValueError, "(4,)", "scalar"),
-    "complex": (1j, TypeError, "complex64", "real"),
+    "complex": (1j, TypeError, "complex128", "real"),
     "text": ("large", TypeError, "'large'", "real"),
     "key": (KEY, TypeError, "key", "real"),
     "None": (None, TypeError, "None", "real"),
@@ -301,7 +301,7 @@ BAD_ROUNDS = {
     "shape": ({"params": {**TREE, "w": jnp.ones(2)}}, ValueError, "state.first_moment['w']", "(3,)", "(2,)"),
     "no state": ({"state": None}, TypeError, "state", "None", "init_server_state(params)"),
     "another state": ({"state": (0, TREE, TREE)}, TypeError, "state", "tuple", "init_server_state(params)"),
-    "step": ({"state": STATE._replace(step=1.5)}, TypeError, "state.step", "float32", "int32"),
+    "step": ({"state": STATE._replace(step=1.5)}, TypeError, "state.step", "float64", "int32"),
     "steps": ({"state": STATE._replace(step=jnp.ones(2, int))}, ValueError, "state.step", "(2,)", "scalar"),
     "moment structure": (
         {"state": STATE._replace(second_moment={"w": jnp.ones(3)})}, ValueError, "state.second_moment", "PyTreeDef",

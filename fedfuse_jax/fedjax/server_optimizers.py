@@ -247,6 +247,7 @@ def _fused(name: str, update: Callable[..., Any], scalars: dict[str, Any]) -> Fu
     for argument, value in scalars.items():
         if not (argument == "learning_rate" and callable(value)):
             checks.bounded_scalar(name, argument, value, np.float32, **RANGES[argument])
+            scalars = scalars | {argument: checks.for_jit(name, argument, value)}
 
     def init(params: Any) -> ServerState:
         return init_server_state(params, tau=scalars["tau"]) if "tau" in scalars else init_server_state(params)

@@ -22,7 +22,7 @@ class _Strategy:
 
     def __call__(self, updates: PyTree, num_examples: Any = None) -> PyTree:
         if num_examples is not None:
-            num_examples = jnp.asarray(num_examples)
+            num_examples = checks.for_jit(type(self).__name__, "num_examples", num_examples)
         if are_lists_of_arrays(updates):
             return as_list_of_arrays(_compiled(self, stack_clients(updates), num_examples), updates[0])
         aggregated = _compiled(self, updates, num_examples)

@@ -51,7 +51,7 @@ class _ServerOptimizer:
         if isinstance(models, list) and not models:
             return params, state
         if num_examples is not None:
-            num_examples = jnp.asarray(num_examples)
+            num_examples = checks.for_jit(type(self).__name__, "num_examples", num_examples)
         if are_lists_of_arrays(models):
             arrays, state = _compiled(self, params, state, stack_clients(models), num_examples)
             return as_list_of_arrays(arrays, params), state
