@@ -553,8 +553,8 @@ MUTANTS = (
     Mutant(COMPRESSED, REFERENCE, "return result / math.sqrt(size)", "return result",
            "the rotation stretches", compressed("rotation")),
     # --- Compressed updates: rules ------------------------------------------------------------------------------
-    Mutant(COMPRESSED, COMPRESSED_RULES, "indices = np.where((indices >= 0) & (indices < num_params), indices, -1)",
-           "indices = np.asarray(indices)", "64-bit indices are cut to other indices", compressed("integer_dtype")),
+    Mutant(COMPRESSED, COMPRESSED_RULES, "array = np.where((array >= 0) & (array < num_params), array, -1)",
+           "array = np.asarray(array)", "64-bit indices are cut to other indices", compressed("integer_dtype")),
     Mutant(COMPRESSED, COMPRESSED_RULES, "drift = _over_coordinates(-drifts.sum(-2)",
            "drift = _over_coordinates(drifts.sum(-2)", "the zero points' derivative has the wrong sign",
            compressed("derivatives")),
