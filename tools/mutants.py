@@ -233,6 +233,8 @@ MUTANTS = (
            battery("vmap", "norms")),
     Mutant(LINEAR, REDUCTIONS, "shared_is_widened = problem.shared", "shared_is_widened = true",
            "all clients' low-precision operands are the first one's", battery("dtypes", "dots")),
+    Mutant(LINEAR, REDUCTIONS, "if (problem.squares)", "if (updates.data == others.data)",
+           "takes one buffer twice for squares", battery("one_array")),
     Mutant(LINEAR, REDUCTIONS, "double sum = 0;", "float sum = 0;", "adds up blocks in single precision",
            ("tests/test_reference.py", "-k", "digits")),
     Mutant(LINEAR, STREAMING, "tile_data(problem.clients[client][tile.leaf], problem.shape, tile)",

@@ -21,6 +21,7 @@ std::string read_squared_norms(const Call& call, ClientDotsProblem* problem) {
   Reader reader(call);
   problem->updates = reader.operand_leaves("updates", Axis::kClients);
   problem->others = problem->updates;
+  problem->squares = true;
   return read_rest(&reader, problem);
 }
 
