@@ -23,7 +23,7 @@ class ServerState(NamedTuple):
     """The state of a server optimizer, a pytree.
 
     Attributes:
-      step: How many rounds moved the parameters, an int32 scalar.
+      step: How many rounds moved the parameters, an int32 scalar; the greatest there is stays.
       first_moment: A tree like the parameters, float32 (float64 for float64 parameters).
       second_moment: Another.
     """
@@ -484,7 +484,7 @@ def _compose(
         # Derivatives of what is not taken must be finite as well.
         new = reference.server_step(rule, param, first, second, jnp.where(accepted, delta, 0), *scalars)
         stepped.append([jnp.where(accepted, y, x) for y, x in zip(new, (param, first, second), strict=True)])
-    step = operands["step"] + good.astype(np.int32)
+    step = reference.next_step(operands["step"], good)
     return [step, *(leaf for part in zip(*stepped, strict=True) for leaf in part)]
 
 

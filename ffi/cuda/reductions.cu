@@ -45,8 +45,8 @@ struct PartialDot {
     const std::byte* const others = operand_data(p, tile, 1, options.shared ? 1 : p.clients, other_bytes) +
                                     (options.shared ? tile.begin : begin) * other_bytes;
     const bool aligned = is_aligned(updates, kPackBytes);
-    const bool* const where = where_of(options.where, p.batch, tile.batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(options.where, p.batch, tile.batch);
+    const bool present = where == nullptr || where[client] != 0;
     const std::int64_t columns = tile.columns;
 
     Team<kThreads> team;

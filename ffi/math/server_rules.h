@@ -4,6 +4,7 @@
 #define FEDFUSE_MATH_SERVER_RULES_H_
 
 #include <cmath>
+#include <cstdint>
 
 #include "math/platform.h"
 
@@ -60,6 +61,11 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ServerCoordinate<Real> server_step(const Rate
     }
     return {old.param + rates.learning_rate * first / (square_root(second) + rates.tau), first, second};
   }
+}
+
+// The step after this one if the round counts; the greatest there is stays.
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE std::int32_t next_step(std::int32_t step, std::int32_t counts) {
+  return counts != 0 && step < INT32_MAX ? step + 1 : step;
 }
 
 }  // namespace fedfuse
