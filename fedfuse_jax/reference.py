@@ -441,14 +441,22 @@ def clipped_weighted_sum(
     scale, root = (jnp.ones_like(given_norms), given_norms) if given_norms is not None else _norm_parts(updates, where)
     norms = scale * root
     clipped = norms > max_norm
-    # Of a huge client, C / ‖x‖ would be too small a number: shrink x first, by a power of two.
-    half_range = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
-    shrink = jnp.where(clipped & (scale * jnp.minimum(root, half_range) > half_range), 1 / half_range, 1).astype(dtype)
-    factor = jnp.where(clipped, max_norm / (scale * shrink) / jnp.where(clipped, root, 1), 1)
-    factor = or_nan(max_norm >= 0, factor)
+    # wC / ‖x‖ may be too small a number: x is multiplied first by a power of two that has half of its exponent.
+    weights = weights.astype(dtype)
+    most = jnp.where(clipped, weights * jnp.where(clipped, max_norm, 0), 1)
+    safe_root = jnp.where(clipped, root, 1)
+    exponent = jnp.frexp(most)[1] - jnp.frexp(scale)[1] - jnp.frexp(safe_root)[1]
+    least, quarter = jnp.finfo(dtype).minexp + 2, jnp.finfo(dtype).maxexp // 4
+    half = jnp.where(jnp.isfinite(most) & (exponent < -3 * quarter), exponent // 2, 0)
+    # Nor is ‖x‖ times that power to be too large a number, by which XLA may choose to divide.
+    half = jnp.where(jnp.isfinite(norms) & (norms < 2.0 ** (2 * quarter)), half, jnp.minimum(half, -quarter))
+    half = jnp.where(clipped, jnp.maximum(half, least), 0)
+    shrink = lax.stop_gradient(jnp.ldexp(jnp.ones_like(root), half))
+    coefficients = jnp.where(clipped, most / (scale * shrink) / safe_root, weights)
+    coefficients = or_nan(max_norm >= 0, coefficients)
     kept = jnp.isfinite(root) & _present(where, root.shape[0])
     shrunk = jax.tree.map(lambda x: x.astype(dtype) * _over_parameters(shrink, x), updates)
-    total = weighted_sum(shrunk, weights.astype(dtype) * factor, where=kept)
+    total = weighted_sum(shrunk, coefficients, where=kept)
     total = jax.tree.map(lambda y, x: y.astype(accumulator_dtype(x.dtype)), total, updates)
     return (total, norms) if return_norms else total
 
@@ -584,7 +592,12 @@ def server_update(
     good = functools.reduce(jnp.logical_and, finite, someone)
     kept = jax.tree.map(lambda y, x: jnp.where(good, y, x), stepped, old)
     trees = [jax.tree.unflatten(structure, part) for part in zip(*kept, strict=True)]
-    return trees[0], type(state)(state.step + good.astype(state.step.dtype), *trees[1:])
+    return trees[0], type(state)(next_step(state.step, good), *trees[1:])
+
+
+def next_step(step: Array, counts: Array) -> Array:
+    """One more where the round counts; the greatest number there is stays."""
+    return step + (counts & (step < jnp.iinfo(step.dtype).max)).astype(step.dtype)
 
 
 def fedavgm_weighted_update(

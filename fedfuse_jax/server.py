@@ -24,7 +24,7 @@ class ServerState(NamedTuple):
     """The state of a server optimizer, a pytree.
 
     Attributes:
-      step: How many rounds moved the parameters, an int32 scalar.
+      step: How many rounds moved the parameters, an int32 scalar; the greatest there is stays.
       first_moment: A tree like the parameters, float32 (float64 for float64 parameters).
       second_moment: Another.
     """
@@ -507,7 +507,7 @@ def _compose(operands: Operands, rule: str, deltas: list[Array], good: Array) ->
         scalars = [jnp.where(accepted, _spread(operands[name].astype(first.dtype), param.ndim), 0) for name in SCALARS]
         new = reference.server_step(rule, *inputs, *scalars)
         stepped.append([jnp.where(accepted, y, x) for y, x in zip(new, old[:3], strict=True)])
-    step = operands["step"] + good.astype(np.int32)
+    step = reference.next_step(operands["step"], good)
     return [step, *(leaf for part in zip(*stepped, strict=True) for leaf in part)]
 
 

@@ -488,7 +488,7 @@ def _server_update(rule: Any, params: Any, state: Any, updates: Any, weights: An
         )
     columns = list(zip(*(news if good else olds), strict=True))
     structure = jax.tree.structure(params)
-    step_count = np.asarray(state.step + good)
+    step_count = np.asarray(min(int(state.step) + int(good), np.iinfo(np.int32).max), np.int32)
     trees = [jax.tree.unflatten(structure, column) for column in columns]
     return trees[0], type(state)(Expected(step_count, step_count, 0, np.float32, np.int32), *trees[1:])
 

@@ -12,6 +12,8 @@ from jax import lax
 from jax.test_util import check_grads
 from operations import CASES, DTYPES, USUAL, Kind, Problem, has_kernel, one_array, to_jax
 
+import fedfuse_jax as ff
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 differentiable_case = pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
 where_case = pytest.mark.parametrize("case", [case for case in CASES if "where" in case.names], ids=str)
@@ -392,6 +394,18 @@ def test_vmap_of_a_gradient(case):
     for b in range(size):
         wanted = one(to_jax(single[b]), jax.tree.map(lambda x, b=b: x[b], cotangents))
         assert_close(jax.tree.map(lambda x, b=b: x[b], got), wanted)
+
+
+def test_one_array_as_updates_and_as_what_they_are_multiplied_by():
+    """A batch may share the buffer that another operand is a row of: that does not make a product a square."""
+    x = jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 1.0], [0.0, -1.0, 5.0]])
+    weights = jnp.ones(3)
+
+    def products(cotangent):
+        return jax.vjp(lambda w: ff.weighted_sum(x, w), weights)[1](cotangent)[0]
+
+    for transformed in (jax.vmap(products), jax.jit(jax.vmap(products))):
+        np.testing.assert_array_equal(transformed(x), x @ x.T)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.differentiable and "where" in case.names], ids=str)

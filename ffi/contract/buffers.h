@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -18,6 +20,19 @@ struct Buffer {
   Type type = Type::kOther;
   std::vector<std::int64_t> dims;
 };
+
+// The product of sizes, none of them negative; the greatest number where it is more than that, and so where a buffer
+// is asked for that nobody can have.
+template <typename Sizes = std::initializer_list<std::int64_t>>
+std::int64_t product(const Sizes& sizes) {
+  std::int64_t result = 1;
+  bool is_zero = false;
+  for (const std::int64_t size : sizes) {
+    is_zero = is_zero || size == 0;
+    if (size != 0 && __builtin_mul_overflow(result, size, &result)) result = std::numeric_limits<std::int64_t>::max();
+  }
+  return is_zero ? 0 : result;
+}
 
 inline std::int64_t bytes_of(const Buffer& buffer) {
   std::int64_t bytes = bytes_of(buffer.type);

@@ -72,7 +72,7 @@ std::string read_sparse_sum(const Call& call, SparseSumProblem* problem) {
   reader.require(reader.attribute("num_params", 0, std::numeric_limits<std::int32_t>::max()) == coordinates,
                  "attribute num_params needs to be " + std::to_string(coordinates));
   const Shape& shape = reader.shape();
-  const std::int64_t rows = shape.batch.count * shape.clients;
+  const std::int64_t rows = product({shape.batch.count, shape.clients});
   problem->sorted = reinterpret_cast<std::uint8_t*>(reader.workspace(rows));
   problem->shape = sparse_shape(reader, shape.clients > 0 ? problem->values.elements / shape.clients : 0, coordinates);
   return reader.finish();

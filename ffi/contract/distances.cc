@@ -17,10 +17,10 @@ std::string read_pairs(const Call& call, PairsProblem* problem) {
   problem->pairs = reader.result("distances", Axis::kRowsOfClients, {Type::kFloat32, Type::kFloat64});
   problem->shape = reader.shape();
   problem->first_block = first_blocks(problem->shape);
-  const std::int64_t pairs = std::max<std::int64_t>(1, problem->shape.clients * problem->shape.clients);
+  const std::int64_t pairs = std::max<std::int64_t>(1, product({problem->shape.clients, problem->shape.clients}));
   problem->segments = std::max<std::int64_t>(1, std::min(problem->first_block.back(), kMostPairSums / pairs));
-  const std::int64_t partials = problem->shape.batch.count * problem->segments * pairs;
-  problem->partials = reinterpret_cast<double*>(reader.workspace(partials * sizeof(double)));
+  problem->partials = reinterpret_cast<double*>(
+      reader.workspace(product({problem->shape.batch.count, problem->segments, pairs, sizeof(double)})));
   return reader.finish();
 }
 
@@ -46,8 +46,9 @@ std::string read_step(const Call& call, StepProblem* problem) {
   problem->distances = reader.result("distances", Axis::kClients, {Type::kFloat32, Type::kFloat64});
   problem->shape = reader.shape();
   problem->first_block = first_blocks(problem->shape);
-  const std::int64_t partials = problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
-  problem->partials = reinterpret_cast<double*>(reader.workspace(partials * sizeof(double)));
+  const Shape& shape = problem->shape;
+  problem->partials = reinterpret_cast<double*>(
+      reader.workspace(product({shape.batch.count, shape.clients, problem->first_block.back(), sizeof(double)})));
   return reader.finish();
 }
 

@@ -1,14 +1,18 @@
 #include "contract/private.h"
 
 #include "contract/reader.h"
+#include "math/blocks.h"
 
 namespace fedfuse {
 namespace {
 
 constexpr std::initializer_list<Type> kAccumulators = {Type::kFloat32, Type::kFloat64};
 
-std::int64_t count_partials(const ClientNormsProblem& problem) {
-  return problem.shape.batch.count * problem.shape.clients * problem.first_block.back();
+// Bytes for a sum of every client and block, and so many factors a client.
+std::int64_t workspace_bytes(const ClientNormsProblem& problem, std::int64_t factors) {
+  static_assert(sizeof(ScaledSum) == sizeof(ClipFactor));
+  const Shape& shape = problem.shape;
+  return product({shape.batch.count, shape.clients, problem.first_block.back() + factors, sizeof(ScaledSum)});
 }
 
 }  // namespace
@@ -20,8 +24,7 @@ std::string read_client_norms(const Call& call, ClientNormsProblem* problem) {
   problem->norms = reader.result("norms", Axis::kClients, kAccumulators);
   problem->shape = reader.shape();
   problem->first_block = first_blocks(problem->shape);
-  problem->partials =
-      reinterpret_cast<ScaledSum*>(reader.workspace(count_partials(*problem) * std::int64_t{sizeof(ScaledSum)}));
+  problem->partials = reinterpret_cast<ScaledSum*>(reader.workspace(workspace_bytes(*problem, 0)));
   return reader.finish();
 }
 
@@ -43,7 +46,11 @@ std::string read_private_sum(const Call& call, PrivateSumProblem* problem) {
     problem->noise.stddev = reader.operand("stddev", Axis::kNone, kAccumulators);
     if (reader.flag("has_blocks")) {
       problem->noise.blocks = reader.table("blocks", {leaves, Reader::kAny, 3}, Type::kUInt32);
-      problem->noise.levels = static_cast<int>(problem->noise.blocks.elements / (3 * leaves));
+      const std::int64_t levels = leaves == 0 ? 0 : problem->noise.blocks.elements / (3 * leaves);
+      reader.require(
+          levels >= 1 && levels <= kMostBlockLevels,
+          "blocks has " + std::to_string(levels) + " levels; it needs from 1 to " + std::to_string(kMostBlockLevels));
+      problem->noise.levels = static_cast<int>(levels);
     }
   }
   if (clip) problem->norms.norms = reader.result("norms", Axis::kClients, kAccumulators);
@@ -56,13 +63,34 @@ std::string read_private_sum(const Call& call, PrivateSumProblem* problem) {
     norms.updates = problem->updates;
     norms.where = problem->where;
     norms.first_block = first_blocks(norms.shape);
-    const std::int64_t factors = norms.shape.batch.count * norms.shape.clients;
-    std::byte* const workspace = reader.workspace(count_partials(norms) * std::int64_t{sizeof(ScaledSum)} +
-                                                  factors * std::int64_t{sizeof(ClipFactor)});
+    std::byte* const workspace = reader.workspace(workspace_bytes(norms, 1));
     problem->factors = reinterpret_cast<ClipFactor*>(workspace);
+    // An error has no memory behind it.
+    const std::int64_t factors = workspace == nullptr ? 0 : product({norms.shape.batch.count, norms.shape.clients});
     norms.partials = reinterpret_cast<ScaledSum*>(workspace) + factors;
   }
   return reader.finish();
+}
+
+std::string check_blocks(const PrivateSumProblem& problem) {
+  const Shape& shape = problem.shape;
+  const Noise& noise = problem.noise;
+  if (!noise.blocks.present()) return "";
+  for (std::int64_t batch = 0; batch < shape.batch.count; ++batch) {
+    const auto* level = reinterpret_cast<const BlockLevel*>(noise.blocks.at(shape.batch, batch));
+    for (std::size_t leaf = 0; leaf < shape.coordinates.size(); ++leaf) {
+      std::int64_t coordinates = 1;
+      bool inside = true;
+      for (int i = 0; i < noise.levels; ++i, ++level) {
+        inside = inside && std::uint64_t{level->origin} + level->own <= level->extent;
+        coordinates = product({coordinates, std::int64_t{level->own}});
+      }
+      if (inside && coordinates == shape.coordinates[leaf]) continue;
+      return "blocks do not say where the " + std::to_string(shape.coordinates[leaf]) + " coordinates of leaf " +
+             std::to_string(leaf) + " lie in it.";
+    }
+  }
+  return "";
 }
 
 }  // namespace fedfuse

@@ -21,6 +21,9 @@ struct ClientNormsProblem {
   std::vector<std::int64_t> first_block;  // of each leaf, and one past the last
 };
 
+// Levels are a leaf's axes, or several of them in one, and arrays have fewer axes than this.
+inline constexpr int kMostBlockLevels = 64;
+
 // Noise on a sum: stddev times the normals of a key per leaf.
 struct Noise {
   View keys;    // (leaves, 2) of uint32, or not present: no noise
@@ -45,6 +48,11 @@ struct PrivateSumProblem {
 
 std::string read_client_norms(const Call& call, ClientNormsProblem* problem);
 std::string read_private_sum(const Call& call, PrivateSumProblem* problem);
+
+// What is wrong with the numbers in `blocks`, where they can be read: each leaf's levels have the coordinates that it
+// has here, and lie inside it. Where they cannot be, on a GPU, numbers that do not fit make other noise and no more:
+// nothing is divided by them or addressed with them.
+std::string check_blocks(const PrivateSumProblem& problem);
 
 }  // namespace fedfuse
 

@@ -14,10 +14,22 @@ std::string to_string(const std::vector<std::int64_t>& dims) {
   return text + "]";
 }
 
-std::int64_t product(const std::int64_t* begin, const std::int64_t* end) {
-  std::int64_t result = 1;
-  for (; begin != end; ++begin) result *= *begin;
-  return result;
+// Bytes that no machine has room to address, a thousandth of what its numbers reach: no size that is made of two of
+// them overflows silently. Dimensions of size 0 do not count: what is left is still multiplied up.
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 52;
+
+bool is_addressable(const Buffer& buffer) {
+  std::int64_t bytes = bytes_of(buffer.type);
+  for (const std::int64_t dim : buffer.dims) {
+    if (dim < 0) return false;
+    if (dim > 0 && (__builtin_mul_overflow(bytes, dim, &bytes) || bytes > kMostBytes)) return false;
+  }
+  return true;
+}
+
+// From one of the dimensions on.
+std::int64_t elements_from(const std::vector<std::int64_t>& dims, std::size_t first) {
+  return product(std::vector<std::int64_t>(dims.begin() + std::min(first, dims.size()), dims.end()));
 }
 
 }  // namespace
@@ -29,8 +41,16 @@ Reader::Reader(const Call& call) : call_(call), operands_{call.operands}, result
   parameters_.resize(num_leaves);
   shape_.coordinates.assign(num_leaves, -1);
   std::fill_n(shape_.batch.sizes, kMaxBatchDims, 1);
+  for (const std::vector<Buffer>* buffers : {&call.operands, &call.results}) {
+    for (const Buffer& buffer : *buffers) {
+      require(is_addressable(buffer),
+              "there is a buffer of shape " + to_string(buffer.dims) + ", more than any memory");
+    }
+  }
   for (const Buffer& operand : call.operands) join_batch(operand);
-  shape_.batch.count = product(shape_.batch.sizes, shape_.batch.sizes + shape_.batch.rank);
+  const std::int64_t* const sizes = shape_.batch.sizes;
+  shape_.batch.count = product(std::vector<std::int64_t>(sizes, sizes + shape_.batch.rank));
+  require(shape_.batch.count <= kMostBytes, "the batch has more elements than any memory");
 }
 
 std::int64_t Reader::attribute(const char* name, std::int64_t least, std::int64_t most) {
@@ -63,7 +83,7 @@ std::vector<View> Reader::result_leaves(const char* name, Axis axis) { return re
 
 std::byte* Reader::workspace(std::int64_t bytes) {
   const Buffer& buffer = next(results_, "workspace");
-  const std::int64_t size = product(buffer.dims.data(), buffer.dims.data() + buffer.dims.size());
+  const std::int64_t size = product(buffer.dims);
   if (ok() && (buffer.type != Type::kUInt8 || size < bytes)) {
     fail("workspace is " + std::string(name_of(buffer.type)) + to_string(buffer.dims) + "; it needs uint8[" +
          std::to_string(bytes) + "]");
@@ -184,7 +204,7 @@ View Reader::read(Cursor& cursor, const char* name, Axis axis, std::initializer_
     // Its elements are counted below.
   } else if (shape_.coordinates[leaf] < 0) {
     parameters_[leaf] = rest;
-    shape_.coordinates[leaf] = product(rest.data(), rest.data() + rest.size());
+    shape_.coordinates[leaf] = product(rest);
   } else if (rest != parameters_[leaf]) {
     fail(described + "; it needs the parameters " + to_string(parameters_[leaf]));
     return View();
@@ -196,7 +216,7 @@ View Reader::view_of(const Buffer& buffer) const {
   View view;
   view.data = static_cast<std::byte*>(buffer.data);
   view.type = buffer.type;
-  view.elements = product(buffer.dims.data() + shape_.batch.rank, buffer.dims.data() + buffer.dims.size());
+  view.elements = elements_from(buffer.dims, shape_.batch.rank);
   std::int64_t stride = view.elements * bytes_of(view.type);
   for (int i = shape_.batch.rank - 1; i >= 0; --i) {
     // A dimension of size 1 is one that a larger batch shares, or that has one element: either way index 0.

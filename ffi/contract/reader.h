@@ -44,7 +44,7 @@ class Reader {
   std::vector<View> operand_leaves(const char* name, Axis axis);
   std::vector<View> result_leaves(const char* name, Axis axis);
 
-  // The next result as scratch memory of at least so many bytes.
+  // The next result as scratch memory of at least so many bytes: a product(), which no overflow makes small.
   std::byte* workspace(std::int64_t bytes);
 
   // Views that need to have the same type, or that of what they are summed in.

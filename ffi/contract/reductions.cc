@@ -10,8 +10,9 @@ std::string read_rest(Reader* reader, ClientDotsProblem* problem) {
   problem->dots = reader->result("dots", Axis::kClients, {Type::kFloat32, Type::kFloat64});
   problem->shape = reader->shape();
   problem->first_block = first_blocks(problem->shape);
-  const std::int64_t partials = problem->shape.batch.count * problem->shape.clients * problem->first_block.back();
-  problem->partials = reinterpret_cast<double*>(reader->workspace(partials * sizeof(double)));
+  const Shape& shape = problem->shape;
+  problem->partials = reinterpret_cast<double*>(
+      reader->workspace(product({shape.batch.count, shape.clients, problem->first_block.back(), sizeof(double)})));
   return reader->finish();
 }
 
@@ -21,6 +22,7 @@ std::string read_squared_norms(const Call& call, ClientDotsProblem* problem) {
   Reader reader(call);
   problem->updates = reader.operand_leaves("updates", Axis::kClients);
   problem->others = problem->updates;
+  problem->squares = true;
   return read_rest(&reader, problem);
 }
 

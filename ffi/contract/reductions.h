@@ -25,7 +25,8 @@ inline std::vector<std::int64_t> first_blocks(const Shape& shape) {
 struct ClientDotsProblem {
   Shape shape;
   std::vector<View> updates;  // (clients, parameters)
-  std::vector<View> others;   // (clients, parameters), or (parameters) when shared; the updates again for norms
+  std::vector<View> others;   // (clients, parameters), or (parameters) when shared; the updates again for squares
+  bool squares = false;       // of the updates: squared_norms. Equal addresses do not say so: a batch may share others
   bool shared = false;
   View where;  // (clients) of bool, or not present
   View dots;   // (clients), float32 or float64

@@ -1,5 +1,7 @@
 #include "contract/server.h"
 
+#include <limits>
+
 #include "contract/reader.h"
 
 namespace fedfuse {
@@ -10,17 +12,22 @@ constexpr std::int64_t kAlignment = 64;
 
 constexpr std::initializer_list<Type> kReals = {Type::kFloat32, Type::kFloat64};
 
-std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+std::int64_t aligned(std::int64_t bytes) {
+  const std::int64_t whole = bytes / kAlignment * kAlignment;
+  // What no memory has room for stays so.
+  if (whole == bytes || kAlignment > std::numeric_limits<std::int64_t>::max() - whole) return bytes;
+  return whole + kAlignment;
+}
 
 // A whole array of the batch in scratch memory.
 View scratch_view(const Batch& batch, Type type, std::int64_t elements) {
   View view;
   view.type = type;
   view.elements = elements;
-  std::int64_t stride = elements * bytes_of(type);
+  std::int64_t stride = product({elements, bytes_of(type)});
   for (int axis = batch.rank - 1; axis >= 0; --axis) {
     view.strides[axis] = batch.sizes[axis] == 1 ? 0 : stride;
-    stride *= batch.sizes[axis];
+    stride = product({stride, batch.sizes[axis]});
   }
   return view;
 }
@@ -55,13 +62,16 @@ std::string read_server_update(const Call& call, ServerUpdateProblem* problem) {
   problem->shape = mean.shape = reader.shape();
 
   const Batch& batch = problem->shape.batch;
-  std::int64_t bytes = aligned(batch.count * std::int64_t{sizeof(std::int32_t)});
+  std::int64_t bytes = aligned(product({batch.count, sizeof(std::int32_t)}));
   std::vector<std::int64_t> offsets;
   for (std::size_t leaf = 0; leaf < problem->old.first.size(); ++leaf) {
     const View& first = problem->old.first[leaf];
     offsets.push_back(bytes);
     mean.reduced.push_back(scratch_view(batch, first.type, first.elements));
-    bytes += aligned(batch.count * first.elements * bytes_of(first.type));
+    if (__builtin_add_overflow(bytes, aligned(product({batch.count, first.elements, bytes_of(first.type)})), &bytes)) {
+      reader.require(false, "the mean has more elements than any memory");
+      bytes = 0;
+    }
   }
   std::byte* const workspace = reader.workspace(bytes);
   problem->accepted = reinterpret_cast<std::int32_t*>(workspace);

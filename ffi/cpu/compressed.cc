@@ -13,7 +13,7 @@ namespace fedfuse {
 namespace {
 
 bool is_present(const View& where, const Batch& batch, std::int64_t index, std::int64_t client) {
-  return !where.present() || reinterpret_cast<const bool*>(where.at(batch, index))[client];
+  return !where.present() || where.at(batch, index)[client] != std::byte{0};
 }
 
 template <typename Element>

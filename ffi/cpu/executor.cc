@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "handlers/errors.h"
+
 namespace fedfuse {
 namespace {
 
@@ -127,7 +129,7 @@ class State {
       function();
       return xla::ffi::Error::Success();
     } catch (const std::exception& error) {
-      return xla::ffi::Error::Internal(std::string("fedfuse: ") + error.what());
+      return error_of("fedfuse", error);
     }
   }
 

@@ -8,6 +8,7 @@
 #include "cpu/pages.h"
 #include "handlers/bindings.h"
 #include "handlers/decode.h"
+#include "handlers/errors.h"
 #include "handlers/operations.h"
 
 namespace fedfuse {
@@ -27,7 +28,7 @@ ffi::Future handle(const char* operation, ffi::ThreadPool pool, ffi::RemainingAr
     prefer_huge_pages(call.results, pool.num_threads());
     return execute(pool, cut(std::shared_ptr<const Problem>(std::move(problem))));
   } catch (const std::exception& error) {
-    return failed(ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error.what()));
+    return failed(error_of(std::string("fedfuse ") + operation, error));
   }
 }
 

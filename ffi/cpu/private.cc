@@ -1,4 +1,7 @@
+#include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -113,7 +116,9 @@ template <typename Accumulator>
 struct Terms {
   std::vector<const void*> rows;
   std::vector<Accumulator> weights;
-  std::vector<std::vector<std::byte>> shrunk;
+  std::vector<Accumulator> scales;  // what rows are multiplied by first, powers of two
+  std::vector<Accumulator> scaled;
+  bool is_scaled;  // any of them by another than 1
 
   void gather(const PrivateSumProblem& problem, const Tile& tile) {
     const Shape& shape = problem.shape;
@@ -122,28 +127,47 @@ struct Terms {
     const std::byte* row = tile_data(updates, shape, tile);
     rows.clear();
     weights.clear();
-    shrunk.clear();
+    scales.clear();
+    is_scaled = false;
     for (std::int64_t client = 0; client < shape.clients; ++client, row += stride) {
       if (!is_present(problem.where, shape, tile.batch, client)) continue;
-      ClipFactor clip = {1, 1};
+      ClipFactor clip = {1, 0, 1};
       if (problem.max_norm.present()) clip = problem.factors[tile.batch * shape.clients + client];
       if (clip.kept == 0) continue;
       const double weight = load_real(problem.weights, shape.batch, tile.batch, client);
-      const ClippedWeight<Accumulator> clipped = clipped_weight<Accumulator>(weight, clip.factor);
-      rows.push_back(clipped.shrink ? shrink(updates.type, row, tile.columns) : row);
+      const ClippedWeight<Accumulator> clipped = clipped_weight<Accumulator>(weight, clip);
+      rows.push_back(row);
       weights.push_back(clipped.weight);
+      scales.push_back(clipped.scale);
+      is_scaled = is_scaled || clipped.scale != 1;
     }
   }
 
-  // A copy of a huge client's row, divided by a power of two.
-  const void* shrink(Type type, const std::byte* row, std::int64_t columns) {
-    std::vector<Accumulator> widened(columns);
-    convert(type, row, accumulator_of(type), widened.data(), columns);
-    shrunk.emplace_back(columns * bytes_of(type));
-    const Accumulator factor = static_cast<Accumulator>(1 / ClippedWeight<Accumulator>::kShrink);
-    linear_kernels(type).scale(widened.data(), &factor, columns, shrunk.back().data());
-    return shrunk.back().data();
+  // sums[c] = the sum over the rows of weight * (scale * row[c]).
+  void add_up(Type type, std::int64_t columns, Accumulator* sums) {
+    if (!is_scaled) {
+      linear_kernels(type).weighted_sum(rows.data(), weights.data(), rows.size(), columns, nullptr, sums);
+      return;
+    }
+    // Copies, in the accumulator's type: a low-precision one has no room for what is scaled. A few columns at a time.
+    const LinearKernels& kernels = linear_kernels(accumulator_of(type));
+    const std::int64_t bytes = bytes_of(type), width = std::min(columns, kScaledColumns);
+    std::vector<const void*> copies(rows.size());
+    scaled.resize(rows.size() * width);
+    for (std::int64_t first = 0; first < columns; first += width) {
+      const std::int64_t count = std::min(width, columns - first);
+      for (std::size_t row = 0; row < rows.size(); ++row) {
+        Accumulator* const copy = scaled.data() + row * width;
+        convert(type, static_cast<const std::byte*>(rows[row]) + first * bytes, accumulator_of(type), copy, count);
+        kernels.scale(copy, &scales[row], count, copy);
+        copies[row] = copy;
+      }
+      kernels.weighted_sum(copies.data(), weights.data(), copies.size(), count, nullptr, sums + first);
+    }
   }
+
+ private:
+  static constexpr std::int64_t kScaledColumns = 512;
 };
 
 void add_noise(const NoiseKernels& kernels, const std::uint32_t* key, std::uint64_t counter, double stddev,
@@ -169,7 +193,7 @@ void add_noise(const PrivateSumProblem& problem, const Tile& tile, Accumulator* 
   if (!noise.blocks.present()) return add_noise(kernels, key, tile.begin, stddev, tile.columns, sums);
   const BlockLevel* const levels =
       reinterpret_cast<const BlockLevel*>(noise.blocks.at(batch, tile.batch)) + tile.leaf * noise.levels;
-  const std::int64_t run = std::max<std::int64_t>(1, levels[noise.levels - 1].own);
+  const std::int64_t run = levels[noise.levels - 1].own;
   for (std::int64_t column = 0; column < tile.columns;) {
     const std::int64_t index = tile.begin + column;
     const std::int64_t columns = std::min(tile.columns - column, run - index % run);
@@ -183,8 +207,7 @@ void sum_tile(const PrivateSumProblem& problem, const Tile& tile) {
   thread_local Terms<Accumulator> terms;
   terms.gather(problem, tile);
   Accumulator* const sums = reinterpret_cast<Accumulator*>(tile_data(problem.reduced[tile.leaf], problem.shape, tile));
-  linear_kernels(problem.updates[tile.leaf].type)
-      .weighted_sum(terms.rows.data(), terms.weights.data(), terms.rows.size(), tile.columns, nullptr, sums);
+  terms.add_up(problem.updates[tile.leaf].type, tile.columns, sums);
   if (problem.noise.keys.present()) add_noise(problem, tile, sums);
 }
 
@@ -202,6 +225,7 @@ Work cut(std::shared_ptr<const ClientNormsProblem> problem) {
 }
 
 Work cut(std::shared_ptr<const PrivateSumProblem> problem) {
+  if (const std::string error = check_blocks(*problem); !error.empty()) throw std::invalid_argument(error);
   Work sums = cut_sums(problem);
   if (!problem->max_norm.present()) return sums;
   if (problem->given_norms.present()) {

@@ -24,7 +24,7 @@ void dot_tile(const ClientDotsProblem& problem, const Tile& tile) {
   const std::int64_t num_blocks = problem.first_block.back();
   double* partial = problem.partials + tile.batch * shape.clients * num_blocks + problem.first_block[tile.leaf] +
                     tile.begin / kReductionBlock;
-  if (updates.data == others.data) {
+  if (problem.squares) {
     for_each_square(updates, problem.where, shape, tile, [&](const void*, double sum) {
       *partial = sum;
       partial += num_blocks;

@@ -81,7 +81,8 @@ void count_step(const ServerUpdateProblem& problem) {
     }
     if (!somebody) problem.accepted[batch] = 0;
     const auto* const old = reinterpret_cast<const std::int32_t*>(problem.old.step.at(shape.batch, batch));
-    *reinterpret_cast<std::int32_t*>(problem.updated.step.at(shape.batch, batch)) = *old + problem.accepted[batch];
+    *reinterpret_cast<std::int32_t*>(problem.updated.step.at(shape.batch, batch)) =
+        next_step(*old, problem.accepted[batch]);
   }
 }
 

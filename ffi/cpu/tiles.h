@@ -136,9 +136,9 @@ class RowPieces {
   std::vector<std::int64_t> first_piece_;  // of each stretch, and one past the last
 };
 
-// Whether a client takes part.
+// Whether a client takes part. A byte that is neither 0 nor 1 is not a bool; here it is whatever is not 0.
 inline bool is_present(const View& where, const Shape& shape, std::int64_t batch, std::int64_t client) {
-  return !where.present() || reinterpret_cast<const bool*>(where.at(shape.batch, batch))[client];
+  return !where.present() || where.at(shape.batch, batch)[client] != std::byte{0};
 }
 
 // Where a tile of a view without a client axis begins.

@@ -18,9 +18,10 @@ FEDFUSE_DEVICE int count_bits(std::uint32_t word) {
 #endif
 }
 
-// The participation of an element of the batch; null if everybody takes part.
-FEDFUSE_DEVICE const bool* where_of(const View& where, const Batch& batch, std::int64_t index) {
-  return where.type == Type::kBool ? reinterpret_cast<const bool*>(where.at(batch, index)) : nullptr;
+// The participation of an element of the batch; null if everybody takes part. In bytes: one that is neither 0 nor 1 is
+// not a bool, and whoever has such a byte takes part.
+FEDFUSE_DEVICE const std::uint8_t* where_of(const View& where, const Batch& batch, std::int64_t index) {
+  return where.type == Type::kBool ? reinterpret_cast<const std::uint8_t*>(where.at(batch, index)) : nullptr;
 }
 
 // In shared memory: a bit for each of kClients clients, and for what there is room beyond them.
@@ -43,8 +44,8 @@ struct PresentClients {
 
   // Looks at the clients from `first` on.
   template <typename Threads>
-  FEDFUSE_DEVICE void find(const bool* where, std::int64_t first, std::int64_t clients, Threads& team) {
-    find_if([=](std::int64_t client) { return where == nullptr || where[client]; }, first, clients, team);
+  FEDFUSE_DEVICE void find(const std::uint8_t* where, std::int64_t first, std::int64_t clients, Threads& team) {
+    find_if([=](std::int64_t client) { return where == nullptr || where[client] != 0; }, first, clients, team);
   }
 
   template <typename Predicate, int kThreads, typename State>

@@ -87,7 +87,7 @@ struct SumPairs {
                                       Team<kThreads, State>& team) {
     const std::int64_t coordinates = p.leaves[tile.leaf].coordinates;
     const int operands = p.options.squares ? 1 : 2;
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
     for (std::int64_t column = 0; column < tile.columns; column += kColumns) {
       team.each([&](int thread, State&) {
         for (int operand = 0; operand < operands; ++operand) {
@@ -96,7 +96,8 @@ struct SumPairs {
           for (int i = thread; i < 2 * kGroupClients * kColumns; i += kThreads) {
             const int side = i / (kGroupClients * kColumns), row = i / kColumns % kGroupClients, at = i % kColumns;
             const std::int64_t client = (side == 0 ? groups.first : groups.second) * kGroupClients + row;
-            const bool there = client < p.clients && column + at < tile.columns && (where == nullptr || where[client]);
+            const bool there =
+                client < p.clients && column + at < tile.columns && (where == nullptr || where[client] != 0);
             shared.values[operand][side][row][at] =
                 there ? Element<type>::widen(rows[client * coordinates + column + at]) : Accumulator{0};
           }
@@ -176,7 +177,7 @@ struct FinishPairs {
       for (std::int64_t segment = 0; segment < p.segments; ++segment) {
         sum += p.partials[(batch * p.segments + segment) * pairs + summed];
       }
-      const bool* const where = where_of(p.where, p.batch, batch);
+      const std::uint8_t* const where = where_of(p.where, p.batch, batch);
       const bool both_present = where == nullptr || (where[i] && where[j]);
       store_as(p.pairs.type, finish_pair(sum, p.squares, both_present, i == j), p.pairs.at(p.batch, batch),
                i * p.clients + j);
@@ -275,7 +276,7 @@ struct StepToward {
         reinterpret_cast<Accumulator*>(operand_data(p, tile, 2, 1, sizeof(Accumulator))) + tile.begin;
     double* const partials = reinterpret_cast<double*>(p.leaves[tile.leaf].data[3]) +
                              tile.batch * p.clients * p.options.num_blocks + tile.begin / kReductionBlock;
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
     const std::byte* const weights = p.options.weights.at(p.batch, tile.batch);
 
     Team<kThreads> team;
@@ -298,7 +299,7 @@ struct StepToward {
       for (std::int64_t first = 0; first < p.clients; first += kClients) {
         const auto add_squares = [&](int thread, Nothing&) {
           const std::int64_t client = first + thread / kWarpThreads;
-          const bool present = client < p.clients && (where == nullptr || where[client]);
+          const bool present = client < p.clients && (where == nullptr || where[client] != 0);
           double sum = 0;
           for (std::int64_t column = thread % kWarpThreads; present && column < columns; column += kWarpThreads) {
             const Accumulator value = Element<type>::widen(updates[client * coordinates + begin + column]);

@@ -48,7 +48,7 @@ struct WeightedSum {
     const Bits* const updates =
         reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) + tile.begin;
     const bool aligned = is_aligned(updates, kPackBytes) && coordinates % kColumns == 0;
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
     const std::byte* const weights = p.options.weights.at(p.batch, tile.batch);
 
     Team<kThreads, State> team;

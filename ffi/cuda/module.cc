@@ -5,6 +5,7 @@
 #include "cuda/runtime.h"
 #include "handlers/bindings.h"
 #include "handlers/decode.h"
+#include "handlers/errors.h"
 #include "handlers/operations.h"
 
 namespace fedfuse {
@@ -24,7 +25,7 @@ ffi::Error handle(const char* operation, cuda::Stream stream, const ffi::Remaini
     if (error.empty()) return ffi::Error::Success();
     return ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error);
   } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("fedfuse ") + operation + ": " + error.what());
+    return error_of(std::string("fedfuse ") + operation, error);
   }
 }
 

@@ -42,8 +42,8 @@ struct PartialNorm {
     const Bits* const updates = reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) +
                                 at.client * p.leaves[tile.leaf].coordinates + tile.begin;
     const bool aligned = is_aligned(updates, kPackBytes);
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
-    const bool present = where == nullptr || where[at.client];
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
+    const bool present = where == nullptr || where[at.client] != 0;
     // Calls use(value) for every coordinate of a thread; those behind the end are 0.
     const auto each_value = [&](int thread, auto use) {
       if (!present) return;
@@ -202,7 +202,7 @@ struct PrivateSum {
 
   struct Shared {
     PresentClients<kThreads> present;
-    // Of those who count, in order; a huge client's row is first divided by a power of two.
+    // Of those who count, in order; rows are multiplied by a power of two first, mostly 1.
     int clients[kThreads];
     Accumulator scales[kThreads];
     Accumulator weights[kThreads];
@@ -218,12 +218,12 @@ struct PrivateSum {
     const Bits* const updates =
         reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) + tile.begin;
     const bool aligned = is_aligned(updates, kPackBytes) && coordinates % kColumns == 0;
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
     const std::byte* const weights = p.options.weights.at(p.batch, tile.batch);
     const ClipFactor* const factors =
         p.options.factors == nullptr ? nullptr : p.options.factors + tile.batch * p.clients;
     const auto counts = [=](std::int64_t client) {
-      return (where == nullptr || where[client]) && (factors == nullptr || factors[client].kept != 0);
+      return (where == nullptr || where[client] != 0) && (factors == nullptr || factors[client].kept != 0);
     };
 
     Team<kThreads, State> team;
@@ -233,11 +233,10 @@ struct PrivateSum {
         if (!shared.present.has(thread)) return;
         const int position = shared.present.count_before(thread);
         const double weight = load_as<double>(p.options.weights.type, weights, first + thread);
-        const double factor = factors == nullptr ? 1 : factors[first + thread].factor;
+        const ClipFactor factor = factors == nullptr ? ClipFactor{1, 0, 1} : factors[first + thread];
         const ClippedWeight<Accumulator> clipped = clipped_weight<Accumulator>(weight, factor);
         shared.clients[position] = thread;
-        shared.scales[position] =
-            clipped.shrink ? static_cast<Accumulator>(1 / ClippedWeight<Accumulator>::kShrink) : Accumulator{1};
+        shared.scales[position] = clipped.scale;
         shared.weights[position] = clipped.weight;
       });
       team.each([&](int thread, State& state) {
@@ -338,9 +337,9 @@ std::string enqueue(const PrivateSumProblem& problem, Stream stream) {
   }
   const Noise& noise = problem.noise;
   std::vector<View> keys(shape.coordinates.size()), blocks(shape.coordinates.size());
-  for (std::size_t leaf = 0; leaf < keys.size(); ++leaf) {
+  for (std::size_t leaf = 0; noise.keys.present() && leaf < keys.size(); ++leaf) {
     keys[leaf].data = noise.keys.data + leaf * 2 * sizeof(std::uint32_t);
-    blocks[leaf].data = noise.blocks.data + leaf * noise.levels * sizeof(BlockLevel);
+    if (noise.blocks.present()) blocks[leaf].data = noise.blocks.data + leaf * noise.levels * sizeof(BlockLevel);
   }
   return for_each_type([&](auto type) {
     using Body = PrivateSum<decltype(type)::value>;

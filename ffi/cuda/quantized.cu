@@ -75,7 +75,7 @@ struct QuantizedSum {
     const std::int64_t tiles = (p.shape.coordinates + kTileColumns - 1) / kTileColumns;
     const std::int64_t batch = task / tiles;
     const std::int64_t tile = task - batch * tiles;
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
     const Accumulator* const weights = numbers_of<Accumulator>(p.weights, p.shape.batch, batch);
     const Accumulator* const scales = numbers_of<Accumulator>(p.scales, p.shape.batch, batch);
     const Accumulator* const zero_points = numbers_of<Accumulator>(p.zero_points, p.shape.batch, batch);
@@ -92,7 +92,7 @@ struct QuantizedSum {
       const bool one_block = block == last / p.shape.block_size;
       const std::uint8_t* const own = rows + column / codes_per_byte(codes);
       Accumulator sums[kColumns] = {};
-      const auto is_present = [&](std::int64_t client) { return where == nullptr || where[client]; };
+      const auto is_present = [&](std::int64_t client) { return where == nullptr || where[client] != 0; };
       const auto levels_of = [&](std::int64_t client) {
         return CodesOfThread::load(own + client * p.shape.bytes, count);
       };
@@ -142,8 +142,8 @@ struct QuantizedDotLarge {
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t task) {
     const std::int64_t row = task / p.shape.blocks, block = task - row * p.shape.blocks;
     const std::int64_t batch = row / p.shape.clients, client = row - batch * p.shape.clients;
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
+    const bool present = where == nullptr || where[client] != 0;
     const std::uint8_t* const codes_of_row =
         numbers_of<std::uint8_t>(p.codes, p.shape.batch, batch) + client * p.shape.bytes;
     const Accumulator* const vector = numbers_of<Accumulator>(p.vector, p.shape.batch, batch);
@@ -179,8 +179,8 @@ struct QuantizedDotSmall {
     const std::int64_t chunks = (p.shape.blocks + kThreads - 1) / kThreads;
     const std::int64_t row = task / chunks, chunk = task - row * chunks;
     const std::int64_t batch = row / p.shape.clients, client = row - batch * p.shape.clients;
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
+    const bool present = where == nullptr || where[client] != 0;
     const std::uint8_t* const codes_of_row =
         numbers_of<std::uint8_t>(p.codes, p.shape.batch, batch) + client * p.shape.bytes;
     const Accumulator* const vector = numbers_of<Accumulator>(p.vector, p.shape.batch, batch);

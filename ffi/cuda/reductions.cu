@@ -11,6 +11,7 @@ namespace {
 struct DotOptions {
   View where;
   Type others_type;
+  bool squares;
   bool shared;
   std::int64_t num_blocks;
 };
@@ -43,10 +44,9 @@ struct PartialDot {
         reinterpret_cast<const Bits*>(operand_data(p, tile, 0, p.clients, sizeof(Bits))) + begin;
     const std::byte* const others = operand_data(p, tile, 1, options.shared ? 1 : p.clients, other_bytes) +
                                     (options.shared ? tile.begin : begin) * other_bytes;
-    const bool squares = reinterpret_cast<const std::byte*>(updates) == others;  // norms have the same operand twice
     const bool aligned = is_aligned(updates, kPackBytes);
-    const bool* const where = where_of(options.where, p.batch, tile.batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(options.where, p.batch, tile.batch);
+    const bool present = where == nullptr || where[client] != 0;
     const std::int64_t columns = tile.columns;
 
     Team<kThreads> team;
@@ -59,7 +59,7 @@ struct PartialDot {
         for (int i = 0; i < kColumns; ++i) {
           const double value = Element<type>::widen(elements.elements[i]);
           double other = value;
-          if (!squares) {
+          if (!options.squares) {
             other = column + i < columns ? load_as<double>(options.others_type, others, column + i) : 0;
           }
           sum += value * other;
@@ -174,6 +174,7 @@ std::string enqueue(const ClientDotsProblem& problem, Stream stream) {
     using Body = PartialDot<decltype(type)::value>;
     typename Body::Parameters p{};
     p.options.where = problem.where;
+    p.options.squares = problem.squares;
     p.options.shared = problem.shared;
     p.options.num_blocks = problem.first_block.back();
     return for_each_type([&](auto others_type) {

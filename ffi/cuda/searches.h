@@ -26,10 +26,12 @@ struct Columns {
   const Bits* updates;
   std::int64_t stride;
   std::int64_t clients;
-  const bool* where;
+  const std::uint8_t* where;
   bool merges_zeros;
 
-  FEDFUSE_DEVICE bool has(std::int64_t client) const { return client < clients && (where == nullptr || where[client]); }
+  FEDFUSE_DEVICE bool has(std::int64_t client) const {
+    return client < clients && (where == nullptr || where[client] != 0);
+  }
 
   // Calls use(client, bits) for clients first, first + step ... below `past` that are present, some loads ahead.
   template <typename Use>

@@ -31,11 +31,11 @@ struct Rounds {
       if (batch >= p.batch.count) return;
       if constexpr (kCounts) {
         const std::int32_t old = *reinterpret_cast<const std::int32_t*>(p.old_step.at(p.batch, batch));
-        *reinterpret_cast<std::int32_t*>(p.new_step.at(p.batch, batch)) = old + p.accepted[batch];
+        *reinterpret_cast<std::int32_t*>(p.new_step.at(p.batch, batch)) = next_step(old, p.accepted[batch]);
       } else {
-        const bool* const where = where_of(p.where, p.batch, batch);
+        const std::uint8_t* const where = where_of(p.where, p.batch, batch);
         bool somebody = where == nullptr;
-        for (std::int64_t client = 0; !somebody && client < p.clients; ++client) somebody = where[client];
+        for (std::int64_t client = 0; !somebody && client < p.clients; ++client) somebody = where[client] != 0;
         p.accepted[batch] = somebody ? 1 : 0;
       }
     });

@@ -121,12 +121,12 @@ struct SparseSum {
   static FEDFUSE_DEVICE std::int64_t find_entries(const Parameters& p, Shared& shared, std::int64_t batch,
                                                   std::int64_t client, std::int64_t begin, std::int64_t columns,
                                                   Threads& team) {
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
     const std::byte* const weights = p.weights.at(p.shape.batch, batch);
     const auto count_entries = [&](int thread, State&) {
       const std::int64_t own = client + thread;
       std::int64_t first = 0, last = 0;
-      if (own < p.shape.clients && (where == nullptr || where[own])) {
+      if (own < p.shape.clients && (where == nullptr || where[own] != 0)) {
         last = p.shape.entries;
         if (p.sorted[batch * p.shape.clients + own] != 0) {
           const std::int32_t* const indices = indices_of(p, batch, own);
@@ -220,8 +220,8 @@ struct SparseSpread {
     const std::int64_t chunks = (p.shape.entries + kEntries - 1) / kEntries;
     const std::int64_t row = task / chunks, batch = row / p.shape.clients, client = row - batch * p.shape.clients;
     const std::int64_t begin = (task - row * chunks) * kEntries;
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
+    const bool present = where == nullptr || where[client] != 0;
     const Accumulator weight = reinterpret_cast<const Accumulator*>(p.weights.at(p.shape.batch, batch))[client];
     const Accumulator* const vector = reinterpret_cast<const Accumulator*>(p.vector.at(p.shape.batch, batch));
     const std::int32_t* const indices = indices_of(p, batch, client);
@@ -252,8 +252,8 @@ struct SparseDots {
 
   static FEDFUSE_DEVICE void run(const Parameters& p, Shared& shared, std::int64_t row) {
     const std::int64_t batch = row / p.shape.clients, client = row - batch * p.shape.clients;
-    const bool* const where = where_of(p.where, p.shape.batch, batch);
-    const bool present = where == nullptr || where[client];
+    const std::uint8_t* const where = where_of(p.where, p.shape.batch, batch);
+    const bool present = where == nullptr || where[client] != 0;
     const Accumulator* const vector = reinterpret_cast<const Accumulator*>(p.vector.at(p.shape.batch, batch));
     const std::int32_t* const indices = indices_of(p, batch, client);
     const Bits* const values =

@@ -35,7 +35,7 @@ struct WeightedSpread {
     const std::byte* const cotangents = operand_data(p, tile, 0, 1, cotangent_bytes) + tile.begin * cotangent_bytes;
     Bits* const spread = reinterpret_cast<Bits*>(operand_data(p, tile, 1, p.clients, sizeof(Bits))) + tile.begin;
     const bool aligned = is_aligned(spread, kPackBytes) && coordinates % kColumns == 0;
-    const bool* const where = where_of(p.options.where, p.batch, tile.batch);
+    const std::uint8_t* const where = where_of(p.options.where, p.batch, tile.batch);
     const std::byte* const weights = p.options.weights.at(p.batch, tile.batch);
 
     Team<kThreads> team;
@@ -48,7 +48,7 @@ struct WeightedSpread {
         values[i] = i < columns ? load_as<Accumulator>(p.options.cotangent_type, cotangents, column + i) : 0;
       }
       for (std::int64_t client = 0; client < p.clients; ++client) {
-        const bool is_present = where == nullptr || where[client];
+        const bool is_present = where == nullptr || where[client] != 0;
         const Accumulator weight = load_as<Accumulator>(p.options.weights.type, weights, client);
         Elements elements;
         // Selected, not multiplied by zero: the gradient of an absent client is 0 even where the cotangent is NaN.

@@ -32,31 +32,38 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE double norm_of(ScaledSum squares) {
   return ldexp(sqrt(squares.sum), static_cast<int>(squares.exponent));
 }
 
-// min(1, bound / norm), and whether the client counts at all: not if its norm is not finite.
+// min(1, bound / norm) as factor * 2^exponent, which no quotient is too small for; and whether the client counts at
+// all: not if its norm is not finite.
 struct ClipFactor {
   double factor;
-  double kept;
+  std::int32_t exponent;
+  std::int32_t kept;
 };
 
 // The norm is root * 2^exponent. A bound that is negative or NaN gives NaN.
 FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ClipFactor clip_factor(double root, double exponent, double bound) {
-  if (!(root - root == 0)) return {0, 0};
-  if (!(bound >= 0)) return {static_cast<double>(NAN), 1};
-  const int shift = static_cast<int>(exponent);
-  if (ldexp(root, shift) <= bound) return {1, 1};
-  return {ldexp(bound, -shift) / root, 1};
+  if (!(root - root == 0)) return {0, 0, 0};
+  if (!(bound >= 0)) return {static_cast<double>(NAN), 0, 1};
+  if (!(root > 0) || !(bound - bound == 0)) return {1, 0, 1};
+  if (bound == 0) return {0, 0, 1};
+  int root_exponent, bound_exponent;
+  const double root_fraction = frexp(root, &root_exponent), bound_fraction = frexp(bound, &bound_exponent);
+  const int shift = bound_exponent - root_exponent - static_cast<int>(exponent);
+  if (shift > 0 || (shift == 0 && root_fraction <= bound_fraction)) return {1, 0, 1};
+  return {bound_fraction / root_fraction, shift, 1};
 }
 
-// What a clipped client's rows are multiplied by, in the accumulator's type. Of a huge client the weight would be too
-// small a number: then it is `shrink` times too large, and the row has to be divided by that first.
+// What a clipped client's rows are multiplied by, in the accumulator's type: by `scale` first, a power of two that is 1
+// but where the product of weight and factor is too small a number for that type, and then by `weight`. They share the
+// product's exponent, so that nothing of the client is lost to either that is not too small a number in the sum.
 template <typename Accumulator>
 struct ClippedWeight {
   Accumulator weight;
-  bool shrink;
+  Accumulator scale;
 
   static constexpr bool kWide = sizeof(Accumulator) == 8;
-  static constexpr double kTooSmall = kWide ? 0x1p-900 : 0x1p-100;
-  static constexpr double kShrink = kWide ? 0x1p512 : 0x1p64;
+  static constexpr int kSmallExponent = kWide ? -900 : -100;
+  static constexpr int kLeastScaleExponent = kWide ? -1020 : -124;
 };
 
 FEDFUSE_HOST_DEVICE FEDFUSE_INLINE double toward_zero(double value, double) { return value; }
@@ -75,13 +82,18 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE float toward_zero(double value, float) {
 
 // Rounded towards zero, so that a clipped client is not longer than it may be.
 template <typename Accumulator>
-FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ClippedWeight<Accumulator> clipped_weight(double weight, double factor) {
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE ClippedWeight<Accumulator> clipped_weight(double weight, ClipFactor clip) {
   using Result = ClippedWeight<Accumulator>;
-  if (factor == 1) return {static_cast<Accumulator>(weight), false};
-  const double product = weight * factor;
-  const double magnitude = product < 0 ? -product : product;
-  const bool shrink = magnitude < Result::kTooSmall;
-  return {toward_zero(shrink ? product * Result::kShrink : product, Accumulator()), shrink};
+  if (clip.factor == 1 && clip.exponent == 0) return {static_cast<Accumulator>(weight), 1};
+  int exponent = 0;
+  const double fraction = weight - weight == 0 ? frexp(weight, &exponent) : weight;
+  const double product = fraction * clip.factor;
+  exponent += clip.exponent;
+  if (product == 0 || !(product - product == 0)) return {static_cast<Accumulator>(product), 1};
+  if (exponent >= Result::kSmallExponent) return {toward_zero(ldexp(product, exponent), Accumulator()), 1};
+  int half = exponent / 2;
+  if (half < Result::kLeastScaleExponent) half = Result::kLeastScaleExponent;
+  return {toward_zero(ldexp(product, exponent - half), Accumulator()), static_cast<Accumulator>(ldexp(1.0, half))};
 }
 
 }  // namespace fedfuse

@@ -4,6 +4,7 @@
 #define FEDFUSE_MATH_SERVER_RULES_H_
 
 #include <cmath>
+#include <cstdint>
 
 #include "math/platform.h"
 
@@ -72,6 +73,11 @@ FEDFUSE_HOST_DEVICE FEDFUSE_INLINE bool stays_finite(const ServerCoordinate<Real
   // NaN and infinities are not equal to themselves less themselves.
   const Real param = updated.param < 0 ? -updated.param : updated.param;
   return (param < overflow) & (updated.first - updated.first == 0) & (updated.second - updated.second == 0);
+}
+
+// The step after this one if the round counts; the greatest there is stays.
+FEDFUSE_HOST_DEVICE FEDFUSE_INLINE std::int32_t next_step(std::int32_t step, std::int32_t counts) {
+  return counts != 0 && step < INT32_MAX ? step + 1 : step;
 }
 
 }  // namespace fedfuse

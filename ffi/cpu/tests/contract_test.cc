@@ -220,6 +220,16 @@ void test_reductions() {
   read_and_run(dots, read_client_dots);
   expect(dots.floats(0)[0] == 5 && dots.floats(0)[1] == 11, "products with one vector for all");
 
+  // One buffer is the updates of every element of the batch, and each one's shared vector: products, not squares.
+  OwnedCall same("client_dots", {{"batch_dims", 1}, {"num_leaves", 1}, {"has_where", 0}, {"shared", 1}});
+  same.operand<float>(Type::kFloat32, {1, 2, 2}, {1, 2, 3, 4});
+  same.call.operands.push_back({same.call.operands[0].data, Type::kFloat32, {2, 2}});
+  same.result(Type::kFloat32, {2, 2});
+  same.result(Type::kUInt8, {2 * 2 * 8});
+  read_and_run(same, read_client_dots);
+  const std::vector<float> products = {5, 11, 11, 25};
+  expect(std::equal(products.begin(), products.end(), same.floats(0)), "products of rows of one buffer");
+
   OwnedCall finite("finite_clients", {{"batch_dims", 1}, {"num_leaves", 1}});
   finite.operand<float>(Type::kFloat32, {2, 2, 2}, {1, 2, INFINITY, 4, 5, NAN, 7, 8});
   finite.result(Type::kBool, {2, 2});

@@ -57,6 +57,7 @@ class Pool {
     std::condition_variable changed;
     bool is_ready = false;
     std::string error;
+    xla::ffi::ErrorCode code = xla::ffi::ErrorCode::kOk;
 
     std::string wait() {
       std::unique_lock<std::mutex> lock(mutex);
@@ -73,7 +74,10 @@ class Pool {
     execute(pool, std::move(work)).OnReady([outcome](const std::optional<xla::ffi::Error>& error) {
       const std::lock_guard<std::mutex> lock(outcome->mutex);
       outcome->is_ready = true;
-      if (error.has_value()) outcome->error = error->message();
+      if (error.has_value()) {
+        outcome->error = error->message();
+        outcome->code = error->errc().value();
+      }
       outcome->changed.notify_all();
     });
     return outcome;
@@ -238,6 +242,22 @@ void test_failures() {
     work.next = std::make_shared<Work>(after.work());
     ParallelPool pool(threads);
     expect(pool.run(std::move(work))->wait() == "fedfuse: a bad end" && !after.is_complete(), "a failure at the end");
+  }
+  // What XLA is told, at the handlers' edge as in a task.
+  using xla::ffi::ErrorCode;
+  const std::pair<std::function<void()>, ErrorCode> failures[] = {
+      {[] { throw std::bad_alloc(); }, ErrorCode::kResourceExhausted},
+      {[] { std::vector<int>().reserve(std::vector<int>().max_size() + 1); }, ErrorCode::kResourceExhausted},
+      {[] { throw std::invalid_argument("blocks"); }, ErrorCode::kInvalidArgument},
+      {[] { throw std::runtime_error("a bad task"); }, ErrorCode::kInternal},
+  };
+  for (const auto& [fail, code] : failures) {
+    Work work;
+    work.tasks = 1;
+    work.run = [fail = fail](std::int64_t) { fail(); };
+    const auto outcome = ParallelPool(1).run(std::move(work));
+    outcome->wait();
+    expect(outcome->code == code, "the code of a failure: " + outcome->error);
   }
   std::vector<std::int64_t> order;
   Work work;

@@ -75,12 +75,64 @@ void test_clipping() {
   expect(clip_factor(INFINITY, 0, 1).kept == 0 && clip_factor(NAN, 0, 1).kept == 0, "not finite");
   expect(std::isnan(clip_factor(1, 0, -1).factor) && std::isnan(clip_factor(1, 0, NAN).factor), "a bad bound");
   expect(clip_factor(0, 0, 0).factor == 1 && clip_factor(2, 0, 0).factor == 0, "a bound of 0");
-  expect(clip_factor(1, 1023, 0x1p1000).factor == 0x1p-23, "beyond a double's root");
+  const ClipFactor far = clip_factor(1, 1023, 0x1p1000);
+  expect(std::ldexp(far.factor, far.exponent) == 0x1p-23, "beyond a double's root");
   for (int i = 1; i < 1000; ++i) {
-    const ClippedWeight<float> clipped = clipped_weight<float>(1, clip_factor(i, 0, 0.7).factor);
-    expect(static_cast<double>(clipped.weight) * i <= 0.7 * (1 + 0x1p-50) && !clipped.shrink, "rounded towards zero");
+    const ClippedWeight<float> clipped = clipped_weight<float>(1, clip_factor(i, 0, 0.7));
+    expect(static_cast<double>(clipped.weight) * i <= 0.7 * (1 + 0x1p-50) && clipped.scale == 1,
+           "rounded towards zero");
   }
-  expect(clipped_weight<float>(1, 0x1p-120).shrink && clipped_weight<float>(1, 0x1p-120).weight == 0x1p-56f, "huge");
+}
+
+// A number with an exponent of its own.
+struct Wide {
+  double fraction;
+  int exponent;
+};
+
+Wide operator*(Wide a, double b) {
+  int exponent;
+  const double fraction = std::frexp(b, &exponent);
+  return {a.fraction * fraction, a.exponent + exponent};
+}
+
+// Whatever the magnitudes of norm, bound, weight and coordinate: what a coordinate adds is right to rounding, unless it
+// is too small or too large a number, and never more than it may be.
+template <typename Accumulator>
+void test_contributions() {
+  using Limits = std::numeric_limits<Accumulator>;
+  constexpr int kLeast = Limits::min_exponent - 1, kMost = Limits::max_exponent - 1,
+                kStep = sizeof(Accumulator) == 8 ? 93 : 11;
+  const double fractions[] = {1, 1.25, 1.75};
+  int wrong = 0, longer = 0, checked = 0;
+  for (int norm = kLeast; norm <= kMost; norm += kStep) {
+    for (int bound = kLeast; bound < norm; bound += kStep) {
+      for (int weight = kLeast; weight <= kMost; weight += kStep) {
+        for (int below : {0, 1, 30}) {
+          const double a = fractions[(norm - kLeast) % 3], b = fractions[(bound - kLeast) % 3], c = 1.125;
+          const double coordinate = std::ldexp(a, norm - below);
+          if (norm - below < kLeast) continue;
+          const Wide exact = Wide{1, 0} * (coordinate / a) * (std::ldexp(b, bound) / 1) * std::ldexp(c, weight);
+          // Divided by the norm over its fraction, times that fraction: nothing is rounded.
+          const int exponent = exact.exponent - norm;
+          const double fraction = exact.fraction;
+          if (exponent <= kLeast + 3 || exponent >= kMost - 1) continue;
+          const ClippedWeight<Accumulator> clipped = clipped_weight<Accumulator>(
+              std::ldexp(c, weight), clip_factor(std::ldexp(a, norm), 0, std::ldexp(b, bound)));
+          const volatile Accumulator scaled = clipped.scale * static_cast<Accumulator>(coordinate);
+          const double got = clipped.weight * scaled;
+          const double ratio = std::ldexp(got, -exponent) / fraction;
+          ++checked;
+          wrong += !(std::fabs(ratio - 1) <= 4 * Limits::epsilon());
+          longer += !(ratio <= 1 + (sizeof(Accumulator) == 8 ? 4 : 0.5) * Limits::epsilon());
+        }
+      }
+    }
+  }
+  const std::string type = sizeof(Accumulator) == 8 ? "float64" : "float32";
+  expect(checked > 1000 && wrong == 0,
+         type + " contributions: " + std::to_string(wrong) + " wrong of " + std::to_string(checked));
+  expect(longer == 0, type + " contributions: " + std::to_string(longer) + " too long of " + std::to_string(checked));
 }
 
 void test_blocks() {
@@ -152,6 +204,8 @@ int main() {
   using namespace fedfuse;
   test_threefry();
   test_clipping();
+  test_contributions<float>();
+  test_contributions<double>();
   test_blocks();
   for (const std::string& isa : supported_isas()) {
     choose_isa(isa);

@@ -402,9 +402,15 @@ void check_reductions(Type type, Type others_type, bool shared, bool norms, std:
   Array where(Type::kBool, shape.batch, clients, 0);
   where.fill([](std::int64_t i) { return i != 2; });
   Array dots(Type::kFloat64, shape.batch, clients);
-  ClientDotsProblem problem{
-      shape, views_of(updates), norms ? views_of(updates) : views_of(others), shared, where.view, dots.view, nullptr,
-      {0}};
+  ClientDotsProblem problem{shape,
+                            views_of(updates),
+                            norms ? views_of(updates) : views_of(others),
+                            norms,
+                            shared,
+                            where.view,
+                            dots.view,
+                            nullptr,
+                            {0}};
   for (const std::int64_t count : shape.coordinates) {
     problem.first_block.push_back(problem.first_block.back() + (count + kReductionBlock - 1) / kReductionBlock);
   }
