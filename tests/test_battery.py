@@ -11,9 +11,12 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 from operations import CASES, DTYPES, USUAL, Kind, Problem, has_kernel, one_array, to_jax
+from tiers import most_arguments_first
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+fullest_case = most_arguments_first(CASES)
 differentiable_case = pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
+fullest_differentiable_case = most_arguments_first([case for case in CASES if case.differentiable])
 where_case = pytest.mark.parametrize("case", [case for case in CASES if "where" in case.names], ids=str)
 rounding_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.out_dtype], ids=str)
 robust_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.withstands_overflow], ids=str)
@@ -43,6 +46,7 @@ def assert_same_bits(got, wanted):
 
 
 @every_case
+@pytest.mark.calls
 def test_eager_and_jit(case):
     values = to_jax(case.sample(Problem()))
     eager, jitted = case.call(*values), jax.jit(case.call)(*values)
@@ -58,7 +62,8 @@ def subsets(names):
     return [subset for size in sizes for subset in itertools.combinations(range(len(names)), size)]
 
 
-@every_case
+@fullest_case
+@pytest.mark.calls
 def test_vmap(case):
     """Over singles, pairs and all of the arguments; the mapped axis first and last, going in and coming out."""
     size = 3
@@ -74,7 +79,7 @@ def test_vmap(case):
             case.check(jax.tree.map(lambda x, b=b, axis=axis: jnp.take(x, b, axis), got), arguments)
 
 
-@every_case
+@fullest_case
 def test_nested_vmap(case):
     """The outer map over all of the arguments but the last, the inner one over all but the first."""
     if len(case.names) == 1:
@@ -96,7 +101,8 @@ def test_nested_vmap(case):
         case.check(jax.tree.map(lambda x, a=a, b=b: x[a, b], got), arguments)
 
 
-@every_case
+@fullest_case
+@pytest.mark.calls
 def test_scan_and_cond(case):
     single, stacked = batch_of(case, 4)
 
@@ -228,6 +234,7 @@ def test_ties(case):
 
 
 @where_case
+@pytest.mark.calls
 def test_where_may_change_without_a_recompile(case):
     """From everybody over somebody to nobody; whoever is absent is full of NaN."""
     n_clients, traces = 6, 0
@@ -304,7 +311,7 @@ def floats(results):
     return [leaf for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-@differentiable_case
+@fullest_differentiable_case
 def test_derivatives_by_finite_differences(case):
     """Forwards and backwards, first and second order, in float64. Step 1e-4: error 1e-8 from curvature, 1e-12 from
     rounding; second order differentiates the first again. "Apart" numbers are .6 apart: no step changes an order."""
@@ -331,6 +338,7 @@ def random_like(tree, seed):
 
 
 @differentiable_case
+@pytest.mark.calls
 def test_derivatives_against_the_definition(case):
     """Where no values tie, our rules and JAX's own derivative of the definition agree."""
     function, definition, primals = differentiable_part(case, Problem(values="apart"))
@@ -346,7 +354,7 @@ def test_derivatives_against_the_definition(case):
     assert_close(both_ways(function, primals, tangents, cotangents), wanted)
 
 
-@differentiable_case
+@fullest_differentiable_case
 def test_derivatives_of_low_precision(case):
     """Derivatives keep the arguments' dtypes; bfloat16 rounds once more, to 2⁻⁸."""
     function, definition, primals = differentiable_part(case, Problem(values="apart", dtype="mixed"))
@@ -355,7 +363,7 @@ def test_derivatives_of_low_precision(case):
     assert_close(pull_back(function, cotangents), pull_back(definition, cotangents), rtol=2**-7, atol=2**-7)
 
 
-@differentiable_case
+@fullest_differentiable_case
 def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
     """An operand shared along the mapped axis gets the sum of its cotangents; a mapped one gets each its own."""
     size = 3
@@ -377,7 +385,8 @@ def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
         assert_close(pull_back(batched, primals, cotangents), pull_back(one_by_one, primals, cotangents))
 
 
-@differentiable_case
+@fullest_differentiable_case
+@pytest.mark.calls
 def test_vmap_of_a_gradient(case):
     size = 3
     single, stacked = batch_of(case, size, values="apart")

@@ -165,6 +165,7 @@ def test_robust_rules_hold(federation, model, rule, attack_name):
     assert last.finite
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", sorted(RULES.keys() - {"mean"}))
 def test_every_robust_rule_learns_something_under_attack(model, rule):
     num_bad = 3

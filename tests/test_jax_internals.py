@@ -5,11 +5,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fedfuse_jax
 from fedfuse_jax import _jax_internals as internals
+
+pytestmark = pytest.mark.calls
 
 PACKAGE = Path(fedfuse_jax.__file__).parent
 NOT_PROMISED = re.compile(r"^\s*(?:from|import) (jax\.(?:_src|interpreters|extend|experimental)|jaxlib)\b", re.M)
