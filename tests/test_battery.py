@@ -11,9 +11,10 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 from operations import CASES, DTYPES, USUAL, Kind, Problem, has_kernel, one_array, to_jax
-from tiers import most_arguments_first
+from tiers import by_id, most_arguments_first, tiered, with_most_arguments
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+MOST_ARGUMENTS = with_most_arguments(CASES)
 fullest_case = most_arguments_first(CASES)
 differentiable_case = pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
 fullest_differentiable_case = most_arguments_first([case for case in CASES if case.differentiable])
@@ -56,20 +57,24 @@ def test_eager_and_jit(case):
         assert_same_bits(eager, jitted)
 
 
-def subsets(names):
-    """Singles, pairs and all."""
-    sizes = sorted({1, min(2, len(names)), len(names)})
+def subsets(names, sizes):
+    """Of these sizes; 0 stands for all."""
+    sizes = sorted({min(size or len(names), len(names)) for size in sizes})
     return [subset for size in sizes for subset in itertools.combinations(range(len(names)), size)]
 
 
-@fullest_case
+@tiered(
+    lambda sizes, case: sizes == 0 and case in MOST_ARGUMENTS,
+    sizes={"singles and all": (1, 0), "pairs": (2,)},
+    case=by_id(CASES),
+)
 @pytest.mark.calls
-def test_vmap(case):
+def test_vmap(case, sizes):
     """Over singles, pairs and all of the arguments; the mapped axis first and last, going in and coming out."""
     size = 3
     single, stacked = batch_of(case, size)
     last = jax.tree.map(lambda x: np.moveaxis(x, 0, -1), stacked)
-    for subset, axis in zip(subsets(case.names), itertools.cycle((0, -1)), strict=False):
+    for subset, axis in zip(subsets(case.names, sizes), itertools.cycle((0, -1)), strict=False):
         source = stacked if axis == 0 else last
         in_axes = tuple(axis if position in subset else None for position in range(len(case.names)))
         values = [source[i] if i in subset else single[0][i] for i in range(len(case.names))]
@@ -311,7 +316,8 @@ def floats(results):
     return [leaf for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-@fullest_differentiable_case
+@differentiable_case
+@pytest.mark.full
 def test_derivatives_by_finite_differences(case):
     """Forwards and backwards, first and second order, in float64. Step 1e-4: error 1e-8 from curvature, 1e-12 from
     rounding; second order differentiates the first again. "Apart" numbers are .6 apart: no step changes an order."""
@@ -363,7 +369,8 @@ def test_derivatives_of_low_precision(case):
     assert_close(pull_back(function, cotangents), pull_back(definition, cotangents), rtol=2**-7, atol=2**-7)
 
 
-@fullest_differentiable_case
+@pytest.mark.full
+@differentiable_case
 def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
     """An operand shared along the mapped axis gets the sum of its cotangents; a mapped one gets each its own."""
     size = 3
