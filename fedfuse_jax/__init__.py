@@ -10,7 +10,7 @@
 
 __version__ = "0.1.0"  # before the imports, since the compiled modules must be of it
 
-from fedfuse_jax import _native, _primitive, reference
+from fedfuse_jax import _native, _primitive, _versions, reference
 from fedfuse_jax._versions import show_versions
 from fedfuse_jax.centers import centered_clipping, geometric_median
 from fedfuse_jax.compressed import (
@@ -96,3 +96,4 @@ __all__ = [
 ]
 
 _native.check_disabled_names(_primitive.OPERATIONS)
+_versions.warn_of_newer_jax()

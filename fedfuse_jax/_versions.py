@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+import warnings
 
 import jax
 import jaxlib
 
 from fedfuse_jax import _native
+
+NEWEST_TESTED_JAX = (0, 12)
 
 
 def _installed(package: str) -> str:
@@ -17,6 +20,17 @@ def _installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def warn_of_newer_jax() -> None:
+    """Warns where JAX is of a release line that these tests have not seen: it may work, so nothing forbids it."""
+    if jax.__version_info__[:2] > NEWEST_TESTED_JAX:
+        newest = ".".join(map(str, NEWEST_TESTED_JAX))
+        warnings.warn(
+            f"fedfuse_jax: JAX {jax.__version__} is newer than {newest}, the newest that fedfuse-jax was tested with; "
+            f"should something fail, look for a newer fedfuse-jax, or install 'jax=={newest}.*'.",
+            stacklevel=3,
+        )
 
 
 def show_versions() -> None:

@@ -11,11 +11,15 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 from operations import CASES, DTYPES, USUAL, Kind, Problem, has_kernel, one_array, to_jax
+from tiers import by_id, most_arguments_first, tiered, with_most_arguments
 
 import fedfuse_jax as ff
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+MOST_ARGUMENTS = with_most_arguments(CASES)
+fullest_case = most_arguments_first(CASES)
 differentiable_case = pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
+fullest_differentiable_case = most_arguments_first([case for case in CASES if case.differentiable])
 where_case = pytest.mark.parametrize("case", [case for case in CASES if "where" in case.names], ids=str)
 rounding_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.out_dtype], ids=str)
 robust_case = pytest.mark.parametrize("case", [case for case in CASES if case.row.withstands_overflow], ids=str)
@@ -45,6 +49,7 @@ def assert_same_bits(got, wanted):
 
 
 @every_case
+@pytest.mark.calls
 def test_eager_and_jit(case):
     values = to_jax(case.sample(Problem()))
     eager, jitted = case.call(*values), jax.jit(case.call)(*values)
@@ -54,19 +59,24 @@ def test_eager_and_jit(case):
         assert_same_bits(eager, jitted)
 
 
-def subsets(names):
-    """Singles, pairs and all."""
-    sizes = sorted({1, min(2, len(names)), len(names)})
+def subsets(names, sizes):
+    """Of these sizes; 0 stands for all."""
+    sizes = sorted({min(size or len(names), len(names)) for size in sizes})
     return [subset for size in sizes for subset in itertools.combinations(range(len(names)), size)]
 
 
-@every_case
-def test_vmap(case):
+@tiered(
+    lambda sizes, case: sizes == 0 and case in MOST_ARGUMENTS,
+    sizes={"singles and all": (1, 0), "pairs": (2,)},
+    case=by_id(CASES),
+)
+@pytest.mark.calls
+def test_vmap(case, sizes):
     """Over singles, pairs and all of the arguments; the mapped axis first and last, going in and coming out."""
     size = 3
     single, stacked = batch_of(case, size)
     last = jax.tree.map(lambda x: np.moveaxis(x, 0, -1), stacked)
-    for subset, axis in zip(subsets(case.names), itertools.cycle((0, -1)), strict=False):
+    for subset, axis in zip(subsets(case.names, sizes), itertools.cycle((0, -1)), strict=False):
         source = stacked if axis == 0 else last
         in_axes = tuple(axis if position in subset else None for position in range(len(case.names)))
         values = [source[i] if i in subset else single[0][i] for i in range(len(case.names))]
@@ -76,7 +86,7 @@ def test_vmap(case):
             case.check(jax.tree.map(lambda x, b=b, axis=axis: jnp.take(x, b, axis), got), arguments)
 
 
-@every_case
+@fullest_case
 def test_nested_vmap(case):
     """The outer map over all of the arguments but the last, the inner one over all but the first."""
     if len(case.names) == 1:
@@ -98,7 +108,8 @@ def test_nested_vmap(case):
         case.check(jax.tree.map(lambda x, a=a, b=b: x[a, b], got), arguments)
 
 
-@every_case
+@fullest_case
+@pytest.mark.calls
 def test_scan_and_cond(case):
     single, stacked = batch_of(case, 4)
 
@@ -230,6 +241,7 @@ def test_ties(case):
 
 
 @where_case
+@pytest.mark.calls
 def test_where_may_change_without_a_recompile(case):
     """From everybody over somebody to nobody; whoever is absent is full of NaN."""
     n_clients, traces = 6, 0
@@ -307,6 +319,7 @@ def floats(results):
 
 
 @differentiable_case
+@pytest.mark.full
 def test_derivatives_by_finite_differences(case):
     """Forwards and backwards, first and second order, in float64. Step 1e-4: error 1e-8 from curvature, 1e-12 from
     rounding; second order differentiates the first again. "Apart" numbers are .6 apart: no step changes an order."""
@@ -333,6 +346,7 @@ def random_like(tree, seed):
 
 
 @differentiable_case
+@pytest.mark.calls
 def test_derivatives_against_the_definition(case):
     """Where no values tie, our rules and JAX's own derivative of the definition agree."""
     function, definition, primals = differentiable_part(case, Problem(values="apart"))
@@ -348,7 +362,7 @@ def test_derivatives_against_the_definition(case):
     assert_close(both_ways(function, primals, tangents, cotangents), wanted)
 
 
-@differentiable_case
+@fullest_differentiable_case
 def test_derivatives_of_low_precision(case):
     """Derivatives keep the arguments' dtypes; bfloat16 rounds once more, to 2⁻⁸."""
     function, definition, primals = differentiable_part(case, Problem(values="apart", dtype="mixed"))
@@ -357,6 +371,7 @@ def test_derivatives_of_low_precision(case):
     assert_close(pull_back(function, cotangents), pull_back(definition, cotangents), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.full
 @differentiable_case
 def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
     """An operand shared along the mapped axis gets the sum of its cotangents; a mapped one gets each its own."""
@@ -379,7 +394,8 @@ def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
         assert_close(pull_back(batched, primals, cotangents), pull_back(one_by_one, primals, cotangents))
 
 
-@differentiable_case
+@fullest_differentiable_case
+@pytest.mark.calls
 def test_vmap_of_a_gradient(case):
     size = 3
     single, stacked = batch_of(case, size, values="apart")

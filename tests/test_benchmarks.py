@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 import fedfuse_jax as ff
 from benchmarks import __main__ as command_line
@@ -70,8 +71,14 @@ def test_row_names_are_unique() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("problem", [TINY, Problem(7, 96, "bfloat16"), Problem(130, 16)], ids=lambda p: p.label)
+PROBLEMS = {problem.label: problem for problem in (TINY, Problem(7, 96, "bfloat16"), Problem(130, 16))}
+
+
+@tiered(
+    lambda problem, row: row % len(PROBLEMS) == problem,  # one of the problems for each row
+    problem=PROBLEMS,
+    row={row.name: row for row in ROWS},
+)
 def test_all_contenders_agree(row: operations.Row, problem: Problem) -> None:
     if row.variant == "backward" and problem.dtype != "float32":
         pytest.skip("clients that agree in low precision have no one derivative")

@@ -31,7 +31,7 @@ def one_thread():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("threads", [7, pytest.param(2, marks=pytest.mark.full)])
 def test_any_number_of_threads(one_thread, threads):
     many = run(NPROC=str(threads))
     assert (one_thread["threads"], many["threads"]) == (1, threads)

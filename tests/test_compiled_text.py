@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from operations import CASES, Kind, Problem, has_kernel, one_array, to_jax
+from tiers import by_id, checkerboard, most_arguments_first
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+fullest_case = most_arguments_first(CASES)
 
 # Leaves of the same size, so that "as large as the updates" means any of them.
 N_CLIENTS, SIZE = 8, 600
@@ -35,29 +36,29 @@ def stacked(case, problem, *batch):
     return jax.tree.map(lambda x: np.broadcast_to(x, (*batch, *np.shape(x))).copy(), case.sample(problem))
 
 
-@each_case
-@pytest.mark.parametrize("problem", [TREE, ARRAY], ids=["tree", "array"])
+@checkerboard(problem={"tree": TREE, "array": ARRAY}, case=by_id(CASES))
+@pytest.mark.calls
 def test_one_call_for_the_whole_tree(case, problem):
     check_program(compiled_text(case.call, case.sample(problem)), case)
 
 
-@each_case
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@checkerboard(dtype=by_id(["bfloat16", "mixed"]), case=by_id(CASES))
 def test_no_conversion_around_the_call(case, dtype):
     check_program(compiled_text(case.call, case.sample(Problem(N_CLIENTS, TREE.shapes, dtype))), case)
 
 
-@each_case
+@fullest_case
+@pytest.mark.calls
 def test_one_call_under_vmap(case):
     check_program(compiled_text(jax.vmap(case.call), stacked(case, TREE, 3)), case)
 
 
-@each_case
+@fullest_case
 def test_one_call_under_nested_vmap(case):
     check_program(compiled_text(jax.vmap(jax.vmap(case.call)), stacked(case, TREE, 2, 3)), case)
 
 
-@each_case
+@fullest_case
 def test_shared_arguments_are_not_broadcast(case):
     """With all arguments but the first shared, nothing of the batch's size is made of them."""
     if len(case.names) == 1:
@@ -68,7 +69,7 @@ def test_shared_arguments_are_not_broadcast(case):
     check_program(compiled_text(jax.vmap(case.call, in_axes), (batched[0], *single[1:])), case)
 
 
-@each_case
+@fullest_case
 def test_shared_updates_are_not_broadcast(case):
     """Mapped over everything but the updates: they are read where they are, again and again."""
     kinds = [case.row.arguments[name] for name in case.names]
@@ -82,7 +83,7 @@ def test_shared_updates_are_not_broadcast(case):
     check_program(compiled_text(jax.vmap(case.call, in_axes), values), case)
 
 
-@each_case
+@fullest_case
 def test_only_a_mapped_axis_is_moved(case):
     """Mapped over their last axis, the leaves are transposed, once each, and nothing else is made."""
     batched = jax.tree.map(lambda x: np.moveaxis(x, 0, -1), stacked(case, ARRAY, 3))
@@ -93,7 +94,8 @@ def test_only_a_mapped_axis_is_moved(case):
     assert len(large) <= large_operands, large
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=str)
+@most_arguments_first([case for case in CASES if case.differentiable])
+@pytest.mark.calls
 def test_the_pull_back_makes_the_cotangents_and_nothing_else(case):
     """Rule 9: no array as large as the updates but the cotangents of the large arguments."""
     values = to_jax(case.sample(ARRAY))

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tiers import by_id, checkerboard
 
 for module in ("fedjax", "sklearn", "matplotlib", "rich"):
     pytest.importorskip(module)
@@ -157,14 +158,14 @@ def test_mean_fails(federation, model, attack_name):
     assert last.finite == (attack_name == "scaled")
 
 
-@pytest.mark.parametrize("attack_name", ["scaled", "nan"])
-@pytest.mark.parametrize("rule", ["median", "trimmed mean"])
+@checkerboard(rule=by_id(["median", "trimmed mean"]), attack_name=by_id(["scaled", "nan"]))
 def test_robust_rules_hold(federation, model, rule, attack_name):
     last = final(federation, model, rule, ATTACKS[attack_name], rounds=25)
     assert last.accuracy > 0.75  # 25 rounds of the demo's 50, which end at 0.85 and more
     assert last.finite
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rule", sorted(RULES.keys() - {"mean"}))
 def test_every_robust_rule_learns_something_under_attack(model, rule):
     num_bad = 3
@@ -190,7 +191,10 @@ def test_model_that_is_nan_reads_every_digit_as_0(federation, model):
     assert last == Outcome(np.float32(np.mean(federation.test["y"] == 0)), finite=False)
 
 
-@pytest.mark.parametrize("rule", ["mean", "median", "bucketed geometric median"])
+@pytest.mark.parametrize(
+    "rule",
+    ["bucketed geometric median", *(pytest.param(rule, marks=pytest.mark.full) for rule in ("mean", "median"))],
+)
 def test_same_seed_same_numbers(federation, model, rule):
     scenario = Scenario("", rule, ATTACKS["scaled"])
     first = list(simulation.train(federation, model, scenario, rounds=3))

@@ -107,6 +107,7 @@ def test_learns(federation, model, name):
     assert last.accuracy > 0.7  # chance is 0.1
 
 
+@pytest.mark.full
 @every_compression
 def test_same_seed_same_numbers(federation, model, name):
     first = list(simulation.train_compressed(federation, model, COMPRESSIONS[name], 2))

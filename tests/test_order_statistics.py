@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from operations import numbers
+from tiers import by_id, checkerboard
 
 import fedfuse_jax as ff
 
@@ -135,8 +136,7 @@ def test_row_strides_of_a_power_of_two(size):
     np.testing.assert_array_equal(jax.jit(ff.coordinate_median)(updates), np.sort(updates, axis=0)[16])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("present", [200, 130, 100])
+@checkerboard(present={str(count): count for count in (200, 130, 100)}, dtype=by_id(["float32", "float16"]))
 def test_many_rows_a_large_power_of_two_apart(dtype, present):
     """Such rows are copied to where caches have room for them, and give the same bits as rows that are not."""
     size = 2**18 // np.dtype(dtype).itemsize

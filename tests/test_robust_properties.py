@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import by_id, checkerboard
 
 import fedfuse_jax as ff
 
@@ -113,10 +114,11 @@ each_rule = pytest.mark.parametrize("name", RULES)
 
 
 @each_rule
-def test_every_allowed_number_of_clients(name):
+@pytest.mark.parametrize("most", [7, pytest.param(MOST_CLIENTS, marks=pytest.mark.full)])
+def test_every_allowed_number_of_clients(name, most):
     """And a clear refusal of every other."""
     rule, definition, allowed = RULES[name]
-    for n_clients in range(1, MOST_CLIENTS + 1):
+    for n_clients in range(1, most + 1):
         for f in range(n_clients + 1):
             x = samples(n_clients, seed=f)
             if allowed(n_clients, f):
@@ -451,9 +453,11 @@ def test_results_have_the_dtypes_asked_for(name):
     assert ALL[name](x, out_dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
-@each_of_all
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("sharded", ["parameters", "clients"])
+@checkerboard(
+    name=by_id(ALL),
+    sharded=by_id(["parameters", "clients"]),
+    kind={"Auto": AxisType.Auto, "Explicit": AxisType.Explicit},
+)
 def test_sharding(name, sharded, kind):
     if jax.device_count() < 4:
         pytest.skip("needs four devices: XLA was started before tests/conftest.py")

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from operations import CASES, Kind, Problem, has_kernel, to_jax
 from test_battery import assert_close, assert_same_bits
+from tiers import by_id, checkerboard, tiered, with_most_arguments
 
 from fedfuse_jax import _primitive
 
@@ -26,11 +27,11 @@ PROBLEM = Problem(n_clients=8, shapes=SHAPES, values="apart")
 # Each operation with the fewest and with the most of its arguments.
 ENDS = [case for case in CASES if case.variant in (case.row.variants[0], case.row.variants[-1])]
 FULL = [case for case in CASES if case.variant == case.row.variants[-1]]
-each_end = pytest.mark.parametrize("case", ENDS, ids=str)
 each_operation = pytest.mark.parametrize("case", FULL, ids=str)
-differentiable_case = pytest.mark.parametrize("case", [case for case in FULL if case.differentiable], ids=str)
+DIFFERENTIABLE = [case for case in FULL if case.differentiable]
+MOST_ARGUMENTS = with_most_arguments(ENDS)
 
-both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 
 
 ROWS_OF_CLIENTS = (Kind.WEIGHTS, Kind.WHERE, Kind.ENTRIES, Kind.INDICES, Kind.CODES, Kind.LEVELS, Kind.FACTORS)
@@ -105,9 +106,13 @@ def check_collectives(text, case, layout):
 # --- Shardings that XLA or types say ----------------------------------------------------------------------------
 
 
-@both_kinds
-@pytest.mark.parametrize("layout", ANY.values(), ids=ANY)
-@each_end
+def in_the_quick_tier(case, layout, kind):
+    """With the most arguments every layout, on one kind of mesh each; with the fewest one layout, on both kinds."""
+    return (case + layout + kind) % 2 == 0 if case in MOST_ARGUMENTS else case % len(ANY) == layout
+
+
+@tiered(in_the_quick_tier, case=by_id(ENDS), layout=ANY, kind=KINDS)
+@pytest.mark.calls
 def test_jit(case, layout, kind):
     values = case.sample(PROBLEM)
     with mesh_of(layout, kind) as mesh:
@@ -120,18 +125,20 @@ def test_jit(case, layout, kind):
         assert_same_bits(got, jax.jit(case.call)(*to_jax(values)))
 
 
-@both_kinds
-@pytest.mark.parametrize("name", ["two axes", "clients and parameters"])
-@each_operation
+@checkerboard(case=by_id(FULL), name=by_id(["two axes", "clients and parameters"]), kind=KINDS)
+@pytest.mark.calls
 def test_eager(case, name, kind):
     layout, values = ANY[name], case.sample(PROBLEM)
     with mesh_of(layout, kind) as mesh:
         case.check(case.call(*place(mesh, layout, case, values)), values)
 
 
-@both_kinds
-@pytest.mark.parametrize("name", ["leaves differently", "clients and parameters"])
-@differentiable_case
+@checkerboard(
+    case=by_id(DIFFERENTIABLE),
+    name=by_id(["leaves differently", "clients and parameters"]),
+    kind=KINDS,
+)
+@pytest.mark.calls
 def test_derivatives(case, name, kind):
     """The pull-back of sharded arguments gives what it gives on one device, without gathering any."""
     layout, values = ANY[name], case.sample(PROBLEM)
@@ -151,8 +158,7 @@ def test_derivatives(case, name, kind):
         assert set(hlo.collectives(compiled.as_text())) <= {"all-reduce"}
 
 
-@both_kinds
-@each_operation
+@checkerboard(case=by_id(FULL), kind=KINDS)
 def test_vmap_of_sharded_parameters(case, kind):
     """Mapped over the first argument alone: the others are shared, and stay as they are sharded."""
     layout, size = PARAMETERS["one axis"], 3
@@ -236,9 +242,8 @@ def call_in_shard_map(case, layout, mesh, values):
     )
 
 
-@both_kinds
-@pytest.mark.parametrize("name", ["one axis", "two axes"])
-@pytest.mark.parametrize("case", PUBLIC, ids=str)
+@checkerboard(case=by_id(PUBLIC), name=by_id(["one axis", "two axes"]), kind=KINDS)
+@pytest.mark.calls
 def test_within_shard_map(case, name, kind):
     layout, values = PARAMETERS[name], case.sample(ALL_SHARDED)
     with mesh_of(layout, kind) as mesh:
@@ -249,6 +254,7 @@ def test_within_shard_map(case, name, kind):
 
 
 @pytest.mark.parametrize("case", [case for case in PUBLIC if case.differentiable], ids=str)
+@pytest.mark.calls
 def test_gradient_within_and_of_shard_map(case):
     """Both ways round, the gradient of the sum of everybody's results is the gradient on one device."""
     layout, values = PARAMETERS["one axis"], case.sample(ALL_SHARDED)
@@ -280,6 +286,7 @@ def test_gradient_within_and_of_shard_map(case):
 
 
 @pytest.mark.parametrize("case", [case for case in PUBLIC if case.row.coordinate_wise], ids=str)
+@pytest.mark.calls
 def test_one_axis_manual_and_the_other_automatic(case):
     """The value only: XLA gathers over the automatic axis before it asks us."""
     layout, values = PARAMETERS["two axes"], case.sample(Problem(n_clients=8, shapes=SHAPES[:1], values="apart"))

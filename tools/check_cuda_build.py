@@ -3,6 +3,7 @@
 
     python tools/check_cuda_build.py --build build/cuda            # compile for every target, then check
     python tools/check_cuda_build.py --build build/cuda --targets 90
+    python tools/check_cuda_build.py --build build/cuda --targets gate      # three of them, as .ci/run does
     python tools/check_cuda_build.py build.log                     # check the output of a build with -Xptxas -v
     python tools/check_cuda_build.py build.log --markdown FILE     # and write the table of the docs
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_TARGETS = ("80", "86", "89", "90", "100", "120")
+GATE_TARGETS = ("80", "90", "120")  # the oldest, the largest, the newest; before a release, all are checked
 TYPES = ("float32", "float64", "bfloat16", "float16")  # as ffi/contract/types.h numbers them
 CODES = ("uint8", "int8", "uint4", "int4")  # as ffi/contract/compressed.h does
 LEAST_OCCUPANCY = 0.25
@@ -246,10 +248,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", nargs="?", type=Path, help="the output of a build with -Xptxas -v")
     parser.add_argument("--build", type=Path, metavar="DIRECTORY", help="build there first")
-    parser.add_argument("--targets", default=",".join(ALL_TARGETS), help="compute capabilities, with commas between")
+    parser.add_argument(
+        "--targets", default=",".join(ALL_TARGETS), help="compute capabilities, with commas between; or gate"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there, for the docs")
     options = parser.parse_args()
-    targets = options.targets.split(",")
+    targets = GATE_TARGETS if options.targets == "gate" else options.targets.split(",")
     if (options.log is None) == (options.build is None):
         parser.error("give either a log or --build")
     text = options.log.read_text() if options.log else build(options.build.resolve(), targets)
