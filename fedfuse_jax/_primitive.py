@@ -500,10 +500,11 @@ class Operation:
     ) -> ShardsOfLeaves:
         """The leaves by the mesh axes that their parameters are sharded over."""
         operand_axes, _ = self._axes([x.ndim for x in self._flatten(operands, layout)], layout)
-        leaf_axes: list[frozenset[str]] = []
-        for leaf in range(layout.num_leaves):
-            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
-            leaf_axes.append(frozenset(name for axis in own for name in mesh_axes.get(axis, ())))
+        names_of: list[set[str]] = [set() for _ in range(layout.num_leaves)]
+        for axis in {axis for axes in operand_axes for axis in axes}:
+            if (leaf := leaf_of(axis)) is not None:
+                names_of[leaf].update(mesh_axes.get(axis, ()))
+        leaf_axes = [frozenset(names) for names in names_of]
         everything = frozenset().union(*leaf_axes)
         groups: list[tuple[list[int], Callable[[], Any]]] = []
         for sharded_over in sorted(set(leaf_axes), key=sorted):
@@ -631,6 +632,21 @@ class BoundCall(NamedTuple):
     def over_clients(self, leaf: Array) -> Array:
         """Gives ``(*batch, *parameters)`` a client axis of size 1."""
         return jnp.expand_dims(leaf, self.batch_dims)
+
+
+def leaf_of(axis: Axis) -> int | None:
+    """Which leaf a parameter axis is of."""
+    leaf, dot, _ = axis.partition(".")
+    return int(leaf.removeprefix("leaf")) if dot else None
+
+
+def coordinates_of_leaves(sizes: Mapping[Axis, Any], num_leaves: int) -> list[Any]:
+    """How many coordinates each leaf has, by one pass over the sizes of all axes."""
+    coordinates: list[Any] = [1] * num_leaves
+    for axis, size in sizes.items():
+        if (leaf := leaf_of(axis)) is not None:
+            coordinates[leaf] = coordinates[leaf] * size
+    return coordinates
 
 
 def _is_first_along(names: Sequence[str]) -> Any:
