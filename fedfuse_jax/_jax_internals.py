@@ -5,10 +5,13 @@ The tests import this file under the oldest and the newest supported JAX.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import core, dispatch
 from jax._src.export import _export
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
@@ -30,7 +33,10 @@ __all__ = [
     "custom_partitioning",
     "explicit_axes",
     "flattened",
+    "in_device_memory",
+    "in_memory_of",
     "is_known",
+    "keeping_types",
     "lowers_for_many_devices",
     "mlir",
     "needs_devices_to_lower",
@@ -56,7 +62,8 @@ def lowers_for_many_devices(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether XLA's partitioner will split what is lowered in ``ctx`` over several devices.
 
     Not inside a fully manual ``shard_map`` (the code already is one device's), not on a mesh with Explicit axes
-    (types say what is sharded there), and not in an export, where a Python callback cannot travel along.
+    (types say what is sharded there), not in an export, where a Python callback cannot travel along, and not where
+    the devices are not known: JAX looks for primitives that ask for them, but not inside other primitives' lowerings.
     """
     module = ctx.module_context
     if module.lowering_parameters.for_export or explicit_axes(jax.sharding.get_abstract_mesh()):
@@ -64,7 +71,23 @@ def lowers_for_many_devices(ctx: mlir.LoweringRuleContext) -> bool:
     context = module.axis_context
     if isinstance(context, SPMDAxisContext):
         return set(context.manual_axes) != set(context.mesh.axis_names)
-    return isinstance(context, ShardingContext) and context.num_devices > 1
+    return isinstance(context, ShardingContext) and context.num_devices > 1 and context.device_assignment is not None
+
+
+def keeping_types(values: Sequence[Any]) -> AbstractContextManager[Any]:
+    """A context in which what is computed from ``values`` keeps their types, of 64 bits as well."""
+    is_wide = any(value.dtype == np.float64 for value in values)
+    return jax.enable_x64(True) if is_wide else contextlib.nullcontext()
+
+
+def in_device_memory(value: Any) -> Any:
+    """``value``, moved if it was offloaded to the host's memory: JAX computes nothing from arrays in two memories."""
+    return in_memory_of(jax.memory.Space.Device, value)
+
+
+def in_memory_of(space: Any, value: Any) -> Any:
+    """``value`` in a memory space."""
+    return value if jax.typeof(value).memory_space == space else jax.device_put(value, space)
 
 
 def is_known(compare: Callable[[], bool]) -> bool:

@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fedfuse_jax import _jax_internals as internals
-from fedfuse_jax import _native
+from fedfuse_jax import _native, reference
 from fedfuse_jax._jax_internals import ad, batching, mlir
 
 # A kernel decodes the batch with a table of this many axes; see ffi/contract/buffers.h.
@@ -132,6 +132,8 @@ class Operation:
         present = tuple(spec.name for spec in declared if spec.optional and operands[spec.name] is not None)
         num_leaves = next((len(operands[spec.name]) for spec in declared if spec.per_leaf), 0)
         layout = Layout(num_leaves, batch_dims, present, tuple(out_dtypes), attributes)
+        for name in self._aliased:
+            operands = {**operands, name: jax.tree.map(internals.in_device_memory, operands[name])}
         return self._outer.bind(*_align_varying(self._flatten(operands, layout)), layout=layout)
 
     def run_local(self, operands: Operands, layout: Layout) -> list[Array]:
@@ -242,7 +244,9 @@ class Operation:
             spec = PartitionSpec(*_without_repeats([spec_of.get(axis) for axis in axes]))
             shape = tuple(sizes[axis] for axis in axes)
             sharding = model.sharding.update(spec=spec)
-            values.append(model.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding))
+            value = model.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+            # Wherever the operands are: what was offloaded to the host is read there.
+            values.append(value.update(memory_space=jax.memory.Space.Device))
         return values
 
     def _abstract_values_with_workspace(self, *avals: Any, layout: Layout) -> list[Any]:
@@ -284,7 +288,9 @@ class Operation:
         tangents_out: list[Any] = [None] * len(results)
         if self._jvp is not None:
             call = BoundCall(self, layout, results)
-            tangents_out = self._jvp(call, self._unflatten(flat, layout), self._unflatten(known, layout))
+            primals = [internals.in_device_memory(x) for x in flat]
+            known = [None if t is None else internals.in_device_memory(t) for t in known]
+            tangents_out = self._jvp(call, self._unflatten(primals, layout), self._unflatten(known, layout))
         zeros = [internals.zero_tangent(result) for result in results]
         return results, [zero if t is None else t for zero, t in zip(zeros, tangents_out, strict=True)]
 
@@ -294,7 +300,8 @@ class Operation:
             return [None] * len(flat)
         full = [ad.instantiate_zeros(ct) for ct in cotangents]
         assert self._transpose is not None
-        by_operand = self._transpose(BoundCall(self, layout, None), full, self._unflatten(flat, layout))
+        known_operands = [x if ad.is_undefined_primal(x) else internals.in_device_memory(x) for x in flat]
+        by_operand = self._transpose(BoundCall(self, layout, None), full, self._unflatten(known_operands, layout))
         nothing = self._unflatten([None] * len(flat), layout)
         wanted = self._flatten({**nothing, **by_operand}, layout)
         return [
@@ -337,7 +344,8 @@ class Operation:
         _native.say_once_that_definitions_run(ctx.module_context.platforms)
 
         def run(*flat: Array) -> list[Array]:
-            results = self._define(flat, layout)
+            with internals.keeping_types(flat):
+                results = self._define(flat, layout)
             if self._workspace is not None:
                 results.append(jnp.zeros(ctx.avals_out[-1].shape, np.uint8))
             return results
@@ -348,7 +356,7 @@ class Operation:
         """The definition, mapped over the batch axes."""
 
         def unbatched(*flat: Array) -> list[Array]:
-            operands = self._unflatten(flat, layout)
+            operands = self._unflatten([internals.in_device_memory(x) for x in flat], layout)
             return list(self._definition(out_dtypes=layout.out_dtypes, **operands, **dict(layout.attributes)))
 
         run = unbatched
@@ -413,7 +421,9 @@ class Operation:
 
         def run(*flat: Array) -> list[Array]:
             share = self._partitioned or self.run_partitioned
-            return share(BoundCall(self, layout, None), self._unflatten(flat, layout), mesh_axes)
+            # XLA asks for this from a thread of its own, where a context manager of the user's has no effect.
+            with internals.keeping_types(flat):
+                return share(BoundCall(self, layout, None), self._unflatten(flat, layout), mesh_axes)
 
         operand_specs = [_spec(shape, axes, mesh_axes) for shape, axes in zip(shapes, operand_axes, strict=True)]
         result_specs = [_spec(None, axes, mesh_axes) for axes in result_axes]
@@ -490,10 +500,11 @@ class Operation:
     ) -> ShardsOfLeaves:
         """The leaves by the mesh axes that their parameters are sharded over."""
         operand_axes, _ = self._axes([x.ndim for x in self._flatten(operands, layout)], layout)
-        leaf_axes: list[frozenset[str]] = []
-        for leaf in range(layout.num_leaves):
-            own = {axis for axes in operand_axes for axis in axes if axis.startswith(f"leaf{leaf}.")}
-            leaf_axes.append(frozenset(name for axis in own for name in mesh_axes.get(axis, ())))
+        names_of: list[set[str]] = [set() for _ in range(layout.num_leaves)]
+        for axis in {axis for axes in operand_axes for axis in axes}:
+            if (leaf := leaf_of(axis)) is not None:
+                names_of[leaf].update(mesh_axes.get(axis, ()))
+        leaf_axes = [frozenset(names) for names in names_of]
         everything = frozenset().union(*leaf_axes)
         groups: list[tuple[list[int], Callable[[], Any]]] = []
         for sharded_over in sorted(set(leaf_axes), key=sorted):
@@ -528,18 +539,22 @@ def _norm_summand(norms: Array) -> Array:
 
 
 def _norm_result(squares: Array) -> Array:
-    """The square root of the sum of what :func:`_norm_summand` took apart."""
+    """The square root of the sum of what :func:`_norm_summand` took apart.
+
+    The three become norms first, and are added relative to the largest: no two constants meet, of which a compiler
+    could make one beyond the range.
+    """
     _, scale = _norm_scales(squares.dtype)
-    large, middling, small = squares
-    has_large, only_small = large > 0, middling == 0
-    total = jnp.where(
-        has_large,
-        large + middling / scale / scale,
-        jnp.where(only_small, small, middling + small / scale / scale),
-    )
-    unit = jnp.where(has_large, scale, jnp.where(only_small, 1 / scale, 1)).astype(squares.dtype)
-    nothing = total == 0
-    return jnp.where(nothing, 0, unit * jnp.sqrt(jnp.where(nothing, 1, total)))
+    units = jnp.array([scale, 1, 1 / scale], squares.dtype).reshape(-1, *[1] * (squares.ndim - 1))
+    # No square root of 0, of which there is no derivative.
+    nothing = squares == 0
+    norms = jnp.where(nothing, 0, units * jnp.sqrt(jnp.where(nothing, 1, squares)))
+    largest = jnp.max(norms, axis=0)
+    is_measured = jnp.isfinite(largest) & (largest > 0)
+    unit = reference.power_of_two_near(jnp.where(is_measured, largest, 1))
+    total = jnp.where(is_measured, jnp.sum((norms / unit) ** 2, axis=0), 1)
+    # Infinities and NaNs, which have no unit, are added as they are.
+    return jnp.where(is_measured, unit * jnp.sqrt(total), jnp.sum(norms, axis=0))
 
 
 def _norm_scales(dtype: Any) -> tuple[float, float]:
@@ -617,6 +632,21 @@ class BoundCall(NamedTuple):
     def over_clients(self, leaf: Array) -> Array:
         """Gives ``(*batch, *parameters)`` a client axis of size 1."""
         return jnp.expand_dims(leaf, self.batch_dims)
+
+
+def leaf_of(axis: Axis) -> int | None:
+    """Which leaf a parameter axis is of."""
+    leaf, dot, _ = axis.partition(".")
+    return int(leaf.removeprefix("leaf")) if dot else None
+
+
+def coordinates_of_leaves(sizes: Mapping[Axis, Any], num_leaves: int) -> list[Any]:
+    """How many coordinates each leaf has, by one pass over the sizes of all axes."""
+    coordinates: list[Any] = [1] * num_leaves
+    for axis, size in sizes.items():
+        if (leaf := leaf_of(axis)) is not None:
+            coordinates[leaf] = coordinates[leaf] * size
+    return coordinates
 
 
 def _is_first_along(names: Sequence[str]) -> Any:
@@ -707,7 +737,8 @@ def _sum_shared(cotangent: Array, aval: Any, batch_dims: int) -> Array:
     shared = tuple(i for i in range(batch_dims) if _is_one(aval.shape[i]) and not _is_one(cotangent.shape[i]))
     if shared:
         cotangent = jnp.sum(cotangent, axis=shared, keepdims=True)
-    return internals.with_sharding_of(aval, cotangent.astype(aval.dtype))
+    cotangent = internals.with_sharding_of(aval, cotangent.astype(aval.dtype))
+    return internals.in_memory_of(aval.memory_space, cotangent)
 
 
 def _as_attribute(value: Any) -> Any:

@@ -225,6 +225,9 @@ def _iterate(
     axis_name: Any,
 ) -> list[Array]:
     """Steps as often as asked, by weights that ``pulls`` makes of ``numbers`` and the distances from the last step."""
+    # Every iteration reads them: not from the host, if that is where they were offloaded to.
+    updates = [internals.in_device_memory(leaf) for leaf in updates]
+    center = [internals.in_device_memory(leaf) for leaf in center]
     dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in updates))
     step_dtypes = (*(leaf.dtype.name for leaf in center), dtype.name)
 

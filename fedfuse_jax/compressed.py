@@ -151,7 +151,7 @@ def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tup
       *Determinism*: exact.
     """
     name = "topk_sparsify"
-    leaves = checks.float_leaves(name, "update", update)
+    leaves = _leaves(name, "update", update)
     size = sum(leaf.size for leaf in leaves.arrays)
     k = checks.python_int(name, "k", k, 0)
     if not internals.is_known(lambda: k <= size):
@@ -164,7 +164,7 @@ def topk_sparsify(update: PyTree, k: int, residual: PyTree | None = None) -> tup
         raise ValueError(f"{name}: update has {size} entries; it needs to have at most {checks.LARGEST_INT32}.")
     old = None
     if residual is not None:
-        left = checks.float_leaves(name, "residual", residual)
+        left = _leaves(name, "residual", residual)
         if left.treedef != leaves.treedef:
             raise ValueError(f"{name}: residual has the structure {left.treedef}; it needs update's, {leaves.treedef}.")
         for array, path, model in zip(left.arrays, left.paths, leaves.arrays, strict=True):
@@ -346,13 +346,19 @@ def quantize(
       *Determinism*: the same key gives the same codes: ``jax.random.uniform(key, (num_params,))`` decides.
     """
     name = "quantize"
-    leaves = checks.float_leaves(name, "update", update)
+    leaves = _leaves(name, "update", update)
     _check_num_bits(name, num_bits)
     if block_size is not None:
         block_size = checks.python_int(name, "block_size", block_size, 1)
     if key is not None:
         key = checks.random_key(name, key)
     return reference.quantize(_whole(leaves), num_bits=num_bits, block_size=block_size, key=key)
+
+
+def _leaves(operation: str, argument: str, tree: PyTree) -> checks.Leaves:
+    """The tree's leaves, none of them offloaded to the host's memory: `jax.numpy` computes with them."""
+    leaves = checks.float_leaves(operation, argument, tree)
+    return leaves._replace(arrays=[internals.in_device_memory(array) for array in leaves.arrays])
 
 
 def _check_num_bits(operation: str, num_bits: Any) -> None:
@@ -405,7 +411,7 @@ def hadamard_rotation(update: PyTree, key: Any) -> PyTree:
       *Sharding*: a client's own business; a sharded update is gathered.
       *Determinism*: the same key gives the same rotation.
     """
-    leaves = checks.float_leaves("hadamard_rotation", "update", update)
+    leaves = _leaves("hadamard_rotation", "update", update)
     for leaf, path in zip(leaves.arrays, leaves.paths, strict=True):
         _check_size_to_pad("hadamard_rotation", path, leaf.shape)
     key = checks.random_key("hadamard_rotation", key)
@@ -451,7 +457,7 @@ def inverse_hadamard_rotation(rotated: PyTree, key: Any, like: PyTree) -> PyTree
       *Determinism*: the same key gives the same rotation.
     """
     name = "inverse_hadamard_rotation"
-    leaves = checks.float_leaves(name, "rotated", rotated)
+    leaves = _leaves(name, "rotated", rotated)
     key = checks.random_key(name, key)
     models, treedef = jax.tree.flatten(like)
     if treedef != leaves.treedef:

@@ -52,7 +52,8 @@ def clipped_weighted_sum(
     Returns:
       A pytree like ``updates`` without the client axis, float32 (float64 for float64 leaves); zeros when nobody
       takes part. With ``return_norms``, a pair of it and the norms ``(n_clients,)``, before clipping, 0 for an
-      absent client; a norm that is not finite is returned as it is.
+      absent client; a norm that is not finite is returned as it is, and so is one beyond their dtype, as infinity: that
+      client contributes 0 too.
 
     Raises:
       TypeError: A leaf is not floating point, or another argument is not what it needs to be.
@@ -75,9 +76,8 @@ def clipped_weighted_sum(
       client's share, before it is added, exceeds :math:`|w_i| C` by a few float64 ulp at most; adding it rounds.
       *Differentiability*: almost everywhere, in ``updates``, ``weights`` and ``max_norm``; the gradient of an
       absent client, and of one whose norm is not finite, is exactly 0.
-      *Sharding*: sharded parameters cost one all-reduce of O(``n_clients``) numbers, and a second call; there, a
-      norm beyond the largest float32 counts as not finite. Sharded clients are summed where they are and
-      all-reduced (client order is waived then).
+      *Sharding*: sharded parameters cost one all-reduce of O(``n_clients``) numbers, and a second call. Sharded clients
+      are summed where they are and all-reduced (client order is waived then).
       *Determinism*: the same bits for any number of threads; sharding the parameters moves norms by a few ulp.
     """
     return _bind(CLIPPED_WEIGHTED_SUM, None, updates, weights, max_norm, None, where, return_norms, axis_name)

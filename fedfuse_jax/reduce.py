@@ -11,7 +11,17 @@ from jax import Array, lax
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import reference
 from fedfuse_jax._jax_internals import ad
-from fedfuse_jax._primitive import OPERATIONS, Axis, BoundCall, MeshAxes, Operand, Operands, Operation, all_reduce
+from fedfuse_jax._primitive import (
+    OPERATIONS,
+    Axis,
+    BoundCall,
+    MeshAxes,
+    Operand,
+    Operands,
+    Operation,
+    all_reduce,
+    coordinates_of_leaves,
+)
 
 PyTree = Any
 
@@ -537,11 +547,7 @@ WEIGHTED_SPREAD = Operation(
 def num_blocks(sizes: Any, layout: Any) -> Any:
     """The blocks of coordinates that sums over coordinates are taken in, of all leaves; see ffi/contract."""
     block, blocks = 16384, 0
-    for leaf in range(layout.num_leaves):
-        coordinates = 1
-        for axis, size in sizes.items():
-            if axis.startswith(f"leaf{leaf}."):
-                coordinates = coordinates * size
+    for coordinates in coordinates_of_leaves(sizes, layout.num_leaves):
         blocks = blocks + (coordinates + block - 1) // block
     return blocks
 

@@ -401,6 +401,17 @@ def step_toward_clients(
 # --- Private --------------------------------------------------------------------------------------------------
 
 
+def power_of_two_near(largest: Array) -> Array:
+    """A power of two to divide by, exactly, so that squares of what is no larger neither overflow nor vanish.
+
+    Neither it nor its reciprocal, which XLA may multiply by instead, is subnormal. Infinities and NaNs have none, and
+    go through the quotient.
+    """
+    info = jnp.finfo(largest.dtype)
+    exponent = jnp.clip(jnp.frexp(largest)[1] - 1, int(info.minexp), int(info.maxexp) - 3)
+    return lax.stop_gradient(jnp.ldexp(jnp.ones_like(largest), exponent))
+
+
 def _norm_parts(updates: PyTree, where: Array | None) -> tuple[Array, Array]:
     """Each client's norm as ``scale · root``: squares of scaled coordinates neither overflow nor vanish."""
     dtype = _tree_accumulator_dtype(updates)
@@ -411,10 +422,7 @@ def _norm_parts(updates: PyTree, where: Array | None) -> tuple[Array, Array]:
 
     leaves = [present(leaf) for leaf in jax.tree.leaves(updates)]
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), axis=1, initial=0) for leaf in leaves])
-    # A power of two, for which the quotients are exact, and whose reciprocal is not subnormal, since XLA may multiply
-    # by that. Infinities and NaNs have none, and go through.
-    exponent = jnp.minimum(jnp.frexp(largest)[1] - 1, int(jnp.finfo(dtype).maxexp) - 3)
-    scale = lax.stop_gradient(jnp.ldexp(jnp.ones_like(largest), exponent))
+    scale = power_of_two_near(largest)
     total = functools.reduce(jnp.add, [_pairwise_sum((leaf / scale[:, None]) ** 2) for leaf in leaves])
     nothing = total == 0
     return scale, jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, total)))
@@ -454,7 +462,7 @@ def clipped_weighted_sum(
     shrink = lax.stop_gradient(jnp.ldexp(jnp.ones_like(root), half))
     coefficients = jnp.where(clipped, most / (scale * shrink) / safe_root, weights)
     coefficients = or_nan(max_norm >= 0, coefficients)
-    kept = jnp.isfinite(root) & _present(where, root.shape[0])
+    kept = jnp.isfinite(norms) & _present(where, norms.shape[0])
     shrunk = jax.tree.map(lambda x: x.astype(dtype) * _over_parameters(shrink, x), updates)
     total = weighted_sum(shrunk, coefficients, where=kept)
     total = jax.tree.map(lambda y, x: y.astype(accumulator_dtype(x.dtype)), total, updates)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
-from fedfuse_jax._primitive import Axis, BoundCall, MeshAxes, Operand, Operands, Operation
+from fedfuse_jax._primitive import Axis, BoundCall, MeshAxes, Operand, Operands, Operation, coordinates_of_leaves
 from fedfuse_jax.reduce import WEIGHTED_MEAN, linear_partitioned
 
 PyTree = Any
@@ -580,11 +580,7 @@ def _workspace(sizes: Any, layout: Any) -> Any:
     """The mean, in the moments' dtypes, and whether the round counts; see ffi/contract/server.cc."""
     alignment = 64
     bytes_of_batch = alignment
-    for leaf in range(layout.num_leaves):
-        of_leaf = 1
-        for axis, size in sizes.items():
-            if axis.startswith(f"leaf{leaf}."):
-                of_leaf = of_leaf * size
+    for leaf, of_leaf in enumerate(coordinates_of_leaves(sizes, layout.num_leaves)):
         itemsize = np.dtype(layout.out_dtypes[1 + layout.num_leaves + leaf]).itemsize
         bytes_of_batch = bytes_of_batch + of_leaf * itemsize + alignment
     for i in range(layout.batch_dims):

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from jax import lax
+from jax.sharding import SingleDeviceSharding
 from jax.test_util import check_grads
 from operations import CASES, DTYPES, USUAL, Kind, Problem, has_kernel, one_array, to_jax
 from tiers import by_id, most_arguments_first, tiered, with_most_arguments
@@ -57,6 +58,36 @@ def test_eager_and_jit(case):
     case.check(jitted, values)
     if has_kernel(case.row.operation):
         assert_same_bits(eager, jitted)
+
+
+def offloaded(tree):
+    """The tree in the host's memory, for which JAX has types of its own."""
+    return jax.device_put(tree, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
+
+
+@fullest_case
+@pytest.mark.calls
+def test_offloaded_to_the_host(case):
+    """What was offloaded is read where it is, and results are in the device's memory."""
+    values = to_jax(case.sample(Problem()))
+    wanted = jax.jit(case.call)(*values)
+    # JAX's own random bits need a key in the device's memory.
+    first = next(i for i, name in enumerate(case.names) if case.row.arguments[name] != Kind.KEY)
+    on_host = (*values[:first], offloaded(values[first]), *values[first + 1 :])
+    for got in (case.call(*on_host), jax.jit(case.call)(*on_host)):
+        assert_same_bits(got, wanted)
+        assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves(got))
+
+
+@fullest_differentiable_case
+def test_gradient_of_what_is_offloaded_to_the_host(case):
+    """It is where its argument is."""
+    function, _, primals = differentiable_part(case, Problem(values="apart"))
+    cotangents = random_like(jax.eval_shape(function, *primals), 2)
+    pull_back = jax.jit(lambda *primals: jax.vjp(function, *primals)[1](cotangents))
+    got = pull_back(*offloaded(primals))
+    assert all(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(got))
+    assert_close(jax.device_get(got), jax.device_get(pull_back(*primals)))
 
 
 def subsets(names, sizes):

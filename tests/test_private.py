@@ -260,6 +260,91 @@ def test_sharded_norms_of_any_size(scale):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6 * scale)
 
 
+def rows_of_all_magnitudes(dtype, num_shards):
+    """Rows of one coordinate to a shard: shards alike, a little apart, and anywhere in the range."""
+    generator, info = np.random.default_rng(0), np.finfo(dtype)
+    lowest, highest = int(info.minexp) - int(info.nmant), int(info.maxexp) - 1
+    # Where sums of squares would leave the range, scaled by this fraction of it or that.
+    fractions = [sign * info.maxexp * part // 16 for sign in (-1, 1) for part in range(17)]
+    centers = [*range(lowest, highest + 1, info.maxexp // 128), *(x + step for x in fractions for step in (-1, 0, 1))]
+    centers = np.array(centers)[:, None]
+    shape = (len(centers), num_shards)
+    spread = [centers + generator.integers(-most, most + 1, shape) for most in (0, 1, 3, 30)]
+    exponents = np.concatenate([*spread, generator.integers(lowest, highest + 1, shape)]).clip(lowest, highest)
+    numbers = generator.choice([1 - 1e-3, 1.0, 1 + 1e-3, 1.5, -1.0], exponents.shape)
+    # One shard just above a power of two, and the others just below.
+    numbers[: len(centers)] = np.where(np.arange(num_shards) == 0, 1 + 1e-3, 1 - 1e-3)
+    return np.ldexp(numbers, exponents).astype(dtype)
+
+
+@pytest.mark.parametrize("way", ["Auto", "Explicit", "axis_name"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_client_exceeds_the_bound_wherever_its_parameters_are(dtype, way):
+    """By search, and compiled: a simplifier may turn right arithmetic into wrong."""
+    num_shards, info = jax.device_count(), np.finfo(dtype)
+    tolerance = {"rtol": 12 * info.eps, "atol": num_shards * info.tiny}
+
+    def each_alone(rows, bound, axis_name=None):
+        def alone(row):
+            weights = jnp.ones(1, dtype)
+            return ff.clipped_weighted_sum(row[None], weights, bound, return_norms=True, axis_name=axis_name)
+
+        sums, norms = jax.vmap(alone)(rows)
+        return sums, norms[:, 0]
+
+    with jax.enable_x64(dtype == "float64"):
+        rows = rows_of_all_magnitudes(dtype, num_shards)
+        kind = AxisType.Explicit if way == "Explicit" else AxisType.Auto
+        mesh = jax.make_mesh((num_shards,), ("a",), (kind,))
+        split = P(None, "a")
+        call = each_alone
+        if way == "axis_name":
+            call = jax.shard_map(
+                lambda rows, bound: each_alone(rows, bound, "a"),
+                mesh=mesh,
+                in_specs=(split, P()),
+                out_specs=(split, P()),
+            )
+        for bound in np.ldexp([0.7, 1, 1], [0, -(info.maxexp // 2), info.maxexp - 8]).astype(dtype):
+            wanted, wanted_norms = jax.device_get(jax.jit(each_alone)(rows, bound))
+            with jax.set_mesh(mesh):
+                got, norms = jax.device_get(jax.jit(call)(jax.device_put(rows, NamedSharding(mesh, split)), bound))
+            lengths = np.sqrt(np.square(got.astype(np.longdouble)).sum(1))
+            assert (lengths <= bound * np.longdouble(1 + 8 * info.eps) + tolerance["atol"]).all()
+            # Within some ulp of the end of the range, either side may be infinite already.
+            in_range = wanted_norms < info.max * (1 - 8 * info.eps)
+            np.testing.assert_allclose(norms[in_range], wanted_norms[in_range], **tolerance)
+            np.testing.assert_allclose(got[in_range], wanted[in_range], **tolerance)
+            assert (norms[~in_range] > info.max * (1 - 16 * info.eps)).all()
+
+
+@pytest.mark.parametrize("way", ["here", "Auto", "Explicit", "axis_name"])
+def test_a_norm_beyond_its_dtype_is_not_finite(way):
+    """Whoever has one contributes nothing, and has no gradient: the same wherever the parameters are."""
+    greatest = np.finfo(np.float32).max
+    rows = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [0.5, 0.4, 0.5, 0.4], [0.6, 0.6, 0.6, 0.6]], np.float32) * greatest
+
+    def call(rows, axis_name=None):
+        return ff.clipped_weighted_sum(rows, jnp.ones(4), 1.0, return_norms=True, axis_name=axis_name)
+
+    def gradient(rows):
+        return jax.grad(lambda x: jnp.sum(call(x)[0] * jnp.arange(1.0, 5.0)))(rows)
+
+    mesh = jax.make_mesh((4,), ("a",), (AxisType.Explicit if way == "Explicit" else AxisType.Auto,))
+    split, mapped = P(None, "a"), call
+    if way == "axis_name":
+        specs = {"in_specs": split, "out_specs": (P("a"), P())}
+        mapped = jax.shard_map(lambda rows: call(rows, "a"), mesh=mesh, **specs)
+    with jax.set_mesh(mesh):
+        placed = jnp.asarray(rows) if way == "here" else jax.device_put(rows, NamedSharding(mesh, split))
+        total, norms = jax.jit(mapped)(placed)
+        slopes = jax.device_get(jax.jit(gradient)(placed))
+    assert np.isinf(norms).tolist() == [True, False, False, True]
+    kept = rows[1:3].astype(np.float64)
+    np.testing.assert_allclose(total, (kept / np.linalg.norm(kept, axis=1, keepdims=True)).sum(0), rtol=1e-6)
+    assert (slopes[[0, 3]] == 0).all()
+
+
 def test_noise_of_sharded_clients_is_added_once():
     updates, weights = jax.random.normal(jax.random.key(1), (8, 12)), jnp.ones(8)
     mesh = jax.make_mesh((4,), ("a",), (AxisType.Auto,))

@@ -19,6 +19,8 @@ from operations import CASES, Kind, Problem, has_kernel, to_jax
 from test_battery import assert_close, assert_same_bits
 from tiers import by_id, checkerboard, tiered, with_most_arguments
 
+import fedfuse_jax as ff
+from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import _primitive
 
 SHAPES = (("kernel", (8, 4)), ("wide", (12,)), ("bias", ()))
@@ -336,3 +338,15 @@ def test_clients_of_a_shard_map_may_be_summed_by_hand():
         )
         got = jax.jit(mapped)(updates, weights)
     oracle.assert_matches(got, oracle.weighted_sum(updates, weights))
+
+
+def test_within_another_primitives_lowering():
+    """JAX does not look for operations there, and does not say which devices there are: the operands are gathered."""
+    inner = internals.Primitive("mean_of_clients")
+    inner.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape[1:], x.dtype))
+    internals.mlir.register_lowering(inner, internals.mlir.lower_fun(ff.weighted_mean, multiple_results=False))
+    updates = jnp.arange(40.0).reshape(5, 8)
+    mesh = jax.make_mesh((4,), ("a",), (AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(updates, NamedSharding(mesh, P(None, "a")))
+        np.testing.assert_array_equal(jax.jit(lambda x: inner.bind(x))(sharded), updates.mean(0))

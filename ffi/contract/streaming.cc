@@ -1,5 +1,7 @@
 #include "contract/streaming.h"
 
+#include <algorithm>
+
 #include "contract/reader.h"
 
 namespace fedfuse {
@@ -18,7 +20,10 @@ std::string read_accumulate(const Call& call, AccumulateProblem* problem) {
 
 std::string read_stack(const Call& call, StackProblem* problem) {
   Reader reader(call);
-  const std::int64_t clients = reader.attribute("num_clients", 1, static_cast<std::int64_t>(call.operands.size()));
+  // Every client has all leaves: a larger number would only waste memory before the first error.
+  const std::int64_t leaves = static_cast<std::int64_t>(std::max<std::size_t>(1, reader.shape().coordinates.size()));
+  const std::int64_t operands = static_cast<std::int64_t>(call.operands.size());
+  const std::int64_t clients = reader.attribute("num_clients", 1, operands / leaves);
   for (std::int64_t client = 0; client < clients; ++client) {
     problem->clients.push_back(reader.operand_leaves("a client's update", Axis::kNone));
     reader.same_types("a client's update", problem->clients.back(), problem->clients.front());

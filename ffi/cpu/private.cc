@@ -95,7 +95,10 @@ void find_factors(const PrivateSumProblem& problem) {
   const Shape& shape = problem.shape;
   for_each_norm(problem.norms, [&](std::int64_t batch, std::int64_t client, ScaledSum squares) {
     const double bound = load_real(problem.max_norm, shape.batch, batch, 0);
-    problem.factors[batch * shape.clients + client] = clip_factor(std::sqrt(squares.sum), squares.exponent, bound);
+    // Whether it counts is seen by the norm as it is returned, which is what derivatives and other devices see.
+    const bool counts = std::isfinite(load_real(problem.norms.norms, shape.batch, batch, client));
+    problem.factors[batch * shape.clients + client] =
+        counts ? clip_factor(std::sqrt(squares.sum), squares.exponent, bound) : ClipFactor{0, 0};
   });
 }
 

@@ -131,7 +131,11 @@ struct FindNorms {
       store_as(p.norms.type, is_given ? given : norm_of(squares), p.norms.at(p.batch, batch), client);
       if (p.max_norm.type == Type::kOther) return;
       const double bound = load_as<double>(p.max_norm.type, p.max_norm.at(p.batch, batch), 0);
-      p.factors[task] = clip_factor(is_given ? given : sqrt(squares.sum), is_given ? 0 : squares.exponent, bound);
+      // Whether it counts is seen by the norm as it is returned, which is what derivatives and other devices see.
+      const double norm = load_as<double>(p.norms.type, p.norms.at(p.batch, batch), client);
+      p.factors[task] = !(norm - norm == 0)
+                            ? ClipFactor{0, 0}
+                            : clip_factor(is_given ? given : sqrt(squares.sum), is_given ? 0 : squares.exponent, bound);
     });
   }
 };
