@@ -35,6 +35,7 @@ __all__ = [
     "flattened",
     "in_device_memory",
     "in_memory_of",
+    "is_code_of_one_device",
     "is_known",
     "keeping_types",
     "lowers_for_many_devices",
@@ -72,6 +73,14 @@ def lowers_for_many_devices(ctx: mlir.LoweringRuleContext) -> bool:
     if isinstance(context, SPMDAxisContext):
         return set(context.manual_axes) != set(context.mesh.axis_names)
     return isinstance(context, ShardingContext) and context.num_devices > 1 and context.device_assignment is not None
+
+
+def is_code_of_one_device(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA's partitioner leaves what is lowered in ``ctx`` alone: on one device, or all mesh axes are manual."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, SPMDAxisContext):
+        return set(context.manual_axes) == set(context.mesh.axis_names)
+    return isinstance(context, ShardingContext) and context.num_devices == 1
 
 
 def keeping_types(values: Sequence[Any]) -> AbstractContextManager[Any]:

@@ -337,7 +337,11 @@ class Operation:
             for name in self._aliased
             for operand, result in zip(operands[name], results[name], strict=True)
         }
-        lower = jax.ffi.ffi_lowering(self.target, operand_output_aliases=aliases or None)
+        # For each operand of a call without side effects XLA asks whether what makes it may be fused into the call, and
+        # where results take operands' buffers an answer costs the square of the leaves: minutes for a thousand. Its
+        # partitioner, though, refuses calls with side effects.
+        is_opaque = bool(aliases) and internals.is_code_of_one_device(ctx)
+        lower = jax.ffi.ffi_lowering(self.target, operand_output_aliases=aliases or None, has_side_effect=is_opaque)
         return lower(ctx, *flat, **attributes)
 
     def _lower_definition(self, ctx: mlir.LoweringRuleContext, *flat: Any, layout: Layout) -> Any:

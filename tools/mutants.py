@@ -285,14 +285,15 @@ MUTANTS = (
     Mutant(ORDER, GENERATOR, "wants[low] = wants[high] = Want.VALUE", "wants[low] = Want.VALUE",
            "prunes what is needed", NETWORKS),
     # --- Private sums: definitions ------------------------------------------------------------------------------
-    Mutant(PRIVATE, REFERENCE, "kept = jnp.isfinite(root) & _present(where, root.shape[0])",
-           "kept = _present(where, root.shape[0])", "a client of NaN takes all with it", SENSITIVITY,
+    Mutant(PRIVATE, REFERENCE, "kept = jnp.isfinite(norms) & _present(where, norms.shape[0])",
+           "kept = _present(where, norms.shape[0])", "a client of NaN takes all with it", SENSITIVITY,
            without_kernels=True),
     Mutant(PRIVATE, REFERENCE, "leaf = leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))\n"
            "        return leaf if where is None else jnp.where(where[:, None], leaf, 0)",
            "return leaf.astype(dtype).reshape(leaf.shape[0], math.prod(leaf.shape[1:]))",
            "an absent client has a norm", battery("(where or absent)", "client_norms"), without_kernels=True),
-    Mutant(PRIVATE, REFERENCE, "exponent = jnp.minimum(jnp.frexp(largest)[1] - 1,", "exponent = jnp.minimum(0,",
+    Mutant(PRIVATE, REFERENCE, "exponent = jnp.clip(jnp.frexp(largest)[1] - 1,",
+           "exponent = jnp.clip(0 * jnp.frexp(largest)[1],",
            "squares overflow", SENSITIVITY, without_kernels=True),
     Mutant(PRIVATE, REFERENCE, "coefficients = or_nan(max_norm >= 0, coefficients)", "",
            "a negative bound turns the update round", SENSITIVITY, without_kernels=True),
