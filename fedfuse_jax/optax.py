@@ -19,7 +19,7 @@ PyTree = Any
 __all__ = ["aggregator", "fedadagrad", "fedadam", "fedavgm", "fedyogi"]
 
 
-def fedavgm(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformation:
+def fedavgm(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformationExtraArgs:
     """Makes FedAvgM an optax transformation.
 
     .. math:: m \\leftarrow \\beta m - g, \\qquad u = \\eta m
@@ -54,7 +54,7 @@ def fedavgm(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransforma
     return _transformation("avgm", learning_rate, momentum, 0.0, 0.0)
 
 
-def fedadagrad(learning_rate: Any, b1: Any = 0.0, tau: Any = 1e-3) -> optax.GradientTransformation:
+def fedadagrad(learning_rate: Any, b1: Any = 0.0, tau: Any = 1e-3) -> optax.GradientTransformationExtraArgs:
     """Makes FedAdagrad an optax transformation.
 
     .. math:: m \\leftarrow \\beta_1 m + (1 - \\beta_1) g, \\qquad v \\leftarrow v + g^2, \\qquad
@@ -89,7 +89,9 @@ def fedadagrad(learning_rate: Any, b1: Any = 0.0, tau: Any = 1e-3) -> optax.Grad
     return _transformation("adagrad", learning_rate, b1, 0.0, tau)
 
 
-def fedadam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) -> optax.GradientTransformation:
+def fedadam(
+    learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3
+) -> optax.GradientTransformationExtraArgs:
     """Makes FedAdam an optax transformation.
 
     .. math:: m \\leftarrow \\beta_1 m - (1 - \\beta_1) g, \\qquad v \\leftarrow \\beta_2 v + (1 - \\beta_2) g^2,
@@ -125,7 +127,9 @@ def fedadam(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) 
     return _transformation("adam", learning_rate, b1, b2, tau)
 
 
-def fedyogi(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3) -> optax.GradientTransformation:
+def fedyogi(
+    learning_rate: Any, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3
+) -> optax.GradientTransformationExtraArgs:
     """Makes FedYogi an optax transformation.
 
     .. math:: m \\leftarrow \\beta_1 m - (1 - \\beta_1) g, \\qquad
@@ -170,7 +174,8 @@ def aggregator(rule: Callable[..., PyTree], **options: Any) -> Any:
     Args:
       rule: Any function of client-stacked updates that returns one tree, such as ``fedfuse_jax.trimmed_mean``.
       options: Passed on to it. What changes from round to round (``weights``, ``where``) may instead be passed to
-        the aggregator's ``update``, by name.
+        the aggregator's ``update``, by name; ``process`` hands it to its other parts as well, and of optax's own
+        those that take no such arguments need ``optax.with_extra_args_support``.
 
     Returns:
       An ``Aggregator`` for ``optax.experimental.aggregating.process``: its ``update`` takes updates with a leading
@@ -209,9 +214,11 @@ def aggregator(rule: Callable[..., PyTree], **options: Any) -> Any:
     return aggregating.Aggregator(optax.init_empty_state, update)
 
 
-def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -> optax.GradientTransformation:
-    def update(gradients: PyTree, state: ServerState, params: PyTree = None) -> tuple[PyTree, ServerState]:
-        del params
+def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -> optax.GradientTransformationExtraArgs:
+    def update(
+        gradients: PyTree, state: ServerState, params: PyTree = None, **of_others: Any
+    ) -> tuple[PyTree, ServerState]:
+        del params, of_others
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
 
         def step_leaf(gradient: Any, first: Any, second: Any) -> tuple[Any, ...]:
@@ -235,4 +242,4 @@ def _transformation(rule: str, learning_rate: Any, b1: Any, b2: Any, tau: Any) -
             return ServerState(jnp.zeros((), np.int32), params, params)
         return init_server_state(params, tau=tau)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -89,7 +89,8 @@ def noisy_weighted_sum(key: Any, updates: PyTree, weights: Any, stddev: Any, *, 
     .. math:: y = \\sum_i w_i x_i + \\sigma z, \\qquad z \\sim \\mathcal{N}(0, I)
 
     The noise equals ``jax.random.normal(key, shape, float32)``: the same random bits, and values to a few ulp. An
-    array, or a tree of one leaf, uses ``key`` itself, leaf i of several ``jax.random.split(key, n_leaves)[i]``.
+    array, or a tree of one leaf, uses ``key`` itself, leaf i of several ``jax.random.split(key, n_leaves)[i]``: a leaf
+    is noised just as an array alone is under that key.
 
     Args:
       key: A JAX key, typed or raw ``uint32[2]``. A key of another kind than Threefry, or
@@ -121,7 +122,8 @@ def noisy_weighted_sum(key: Any, updates: PyTree, weights: Any, stddev: Any, *, 
       The Gaussian mechanism: Dwork and Roth 2014, https://doi.org/10.1561/0400000042.
 
     Notes:
-      *Privacy*: only for updates of bounded norm; see ``clipped_noisy_weighted_sum``.
+      *Privacy*: only for updates of bounded norm, and with a key that is secret and used once; see
+      ``clipped_noisy_weighted_sum``.
       *Differentiability*: in ``updates``, ``weights`` and ``stddev``; the noise is a constant.
       *Sharding*: parameters may be sharded in any way, without collectives: every device makes the noise of its
       own coordinates. Sharded clients are summed where they are and all-reduced, with the noise added once. Inside
@@ -185,6 +187,10 @@ def clipped_noisy_weighted_sum(
     Notes:
       *Privacy*: floating-point noise is not the real Gaussian that proofs speak of: its lowest bits may tell of what
       it was added to (Mironov 2012, https://doi.org/10.1145/2382196.2382264). The documentation says more.
+      *Keys*: use a key, and what ``jax.random.split`` makes of it, once. ``jax.random.key(seed)`` knows 32 bits of its
+      seed unless ``jax_enable_x64`` is on, few enough to try them all; a secret key is made of 8 random bytes, by
+      ``jax.random.wrap_key_data(np.frombuffer(secrets.token_bytes(8), np.uint32), impl="threefry2x32")``. Under
+      ``vmap``, sums that share a key share the noise, and their differences have none: give each a key of its own.
       *Differentiability*: almost everywhere, in ``updates``, ``weights``, ``max_norm`` and ``stddev``.
       *Sharding*: as ``clipped_weighted_sum`` and ``noisy_weighted_sum``: one all-reduce of O(``n_clients``) numbers
       for sharded parameters, the noise added once for sharded clients.
@@ -214,7 +220,8 @@ def adaptive_clip_norm(
         clipped.
       target_quantile: γ, a real scalar from 0 to 1: the share of clients that is to stay unclipped.
       learning_rate: η, a real scalar, at least 0.
-      key: A JAX key for the noise on the count; ``None``: no noise.
+      key: A JAX key for the noise on the count; ``None``: no noise. A constant is folded into it, so that the noise
+        is not that of a sum given the same key.
       count_stddev: σ of that noise, a real scalar, at least 0; it needs a ``key``. Without one, a traced one makes the
         result NaN unless it is 0.
       where: ``(n_clients,)`` bool, the m clients that take part.

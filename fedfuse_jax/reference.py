@@ -508,6 +508,11 @@ def clipped_noisy_weighted_sum(
     return (total, norms) if return_norms else total
 
 
+# Folded into a round's key for the noise on a count: the words "coun". jax.random.split gives leaf i of a tree what
+# jax.random.fold_in(key, i) is, so a small number would be some leaf's key again.
+COUNT_STREAM = 0x636F756E
+
+
 def adaptive_clip_norm(
     clip_norm: Array,
     norms: Array,
@@ -522,7 +527,9 @@ def adaptive_clip_norm(
     present = _present(where, norms.shape[0])
     count = jnp.sum((norms <= clip_norm) & present, dtype=clip_norm.dtype)
     if key is not None:
-        count = count + count_stddev * jax.random.normal(key, (), np.float32).astype(clip_norm.dtype)
+        # Of another key than a sum's, or whoever is given both for one key reads the noise off either.
+        noise = jax.random.normal(jax.random.fold_in(key, COUNT_STREAM), (), np.float32)
+        count = count + count_stddev * noise.astype(clip_norm.dtype)
     num_present = jnp.sum(present, dtype=clip_norm.dtype)
     share = or_nan(num_present > 0, count / jnp.maximum(num_present, 1))
     moved = clip_norm * jnp.exp(-learning_rate * (share - target_quantile))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedfuse_jax as ff
 from fedfuse_jax.compat import byzfl, flower
 
 LADDER = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], np.float32)
@@ -68,7 +69,13 @@ def test_nothing_handed_in_is_changed(rule, expected):
 
 @every_rule
 def test_integers_and_tensors(rule, expected):
-    np.testing.assert_allclose(rule(LADDER.astype(int)), expected, rtol=2e-5)
+    for dtype in (float, int, np.uint8):
+        got = rule(LADDER.astype(dtype))
+        assert got.dtype == (dtype if type(rule) is byzfl.Krum else np.float64)
+        np.testing.assert_allclose(got, rule(LADDER.astype(float)), rtol=1e-15)
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    assert rule(LADDER.astype(np.float16)).dtype == np.float32
+    assert rule(jnp.asarray(LADDER, int)).dtype == jnp.float32
     torch = pytest.importorskip("torch")
     for vectors in (torch.from_numpy(LADDER.copy()), [torch.from_numpy(row) for row in LADDER.copy()]):
         got = rule(vectors)
@@ -189,6 +196,110 @@ def test_flower_keeps_dtypes(rule, expected):
     assert [array.dtype for array in got] == [np.float64, np.float16]
 
 
+OF_NUMPY = [
+    (flower.FedAvg(), lambda x, w: np.average(x, axis=0, weights=w)),
+    (flower.FedMedian(), lambda x, w: np.median(x, axis=0)),
+    (flower.FedTrimmedAvg(0.2), lambda x, w: np.sort(x, axis=0)[1:-1].mean(axis=0)),
+    (flower.Krum(1), lambda x, w: x[3]),
+    (flower.MultiKrum(1, 2), lambda x, w: np.average(x[[0, 3]], axis=0, weights=w[[0, 3]])),
+]
+
+
+@pytest.mark.parametrize(("rule", "of_numpy"), OF_NUMPY, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+def test_flower_computes_as_the_host_does(rule, of_numpy, dtype):
+    """In float64, whatever JAX is set to, on numbers that float32 has not."""
+    x = np.array([[0.75, 7.0], [9.0, 2.5], [-3.0, 1.5], [0.5, 6.5], [4.0, -5.0]])
+    x = (2**30 + 1 + 4 * x if dtype == "int64" else x / 3).astype(dtype)
+    w = np.array([3_000_000_001, 10, 7, 1_000_000_003, 5])
+    small = np.float32([1, 2, 3, 4, 5]) / 1000
+    got, beside = rule([[row, number] for row, number in zip(x, small, strict=True)], w)
+    assert (got.dtype, beside.dtype) == (np.float64, np.float32)
+    np.testing.assert_allclose(got, of_numpy(x.astype(float), w), rtol=1e-15)
+    assert not jax.config.jax_enable_x64
+
+
+def test_flower_selects_to_the_bit():
+    clients = [[np.array([value])] for value in (0.2, 0.7, 1.0)]
+    for num_examples in (None, [3, 7, 11]):
+        assert flower.Krum(0)(clients, num_examples)[0] == 0.7
+        assert byzfl.Krum(1)([client[0] for client in clients]) == 0.7
+    assert np.isnan(flower.Krum(0)(clients, [1, 0, 1])[0])
+
+
+def test_flower_rounds_large_numbers_of_examples():
+    """JAX alone would cut them to 32 bits."""
+    updates, tokens = jnp.array([[0.0], [1.0]]), [3_000_000_000, 1_000_000_000]
+    assert flower.FedAvg()(updates, tokens) == 0.25
+    strategy = flower.FedAvgM()
+    assert strategy(jnp.zeros(1), strategy.init(jnp.zeros(1)), updates, tokens)[0] == 0.25
+
+
+def test_flower_on_integers_in_pytrees():
+    tree = {"count": jnp.array([1, 2, 6]), "host": np.array([1, 2, 6]), "w": jnp.array([1.0, 2.0, 6.0])}
+    for rule, expected in ((flower.FedAvg(), 3.0), (flower.FedMedian(), 2.0), (flower.Krum(0), 1.0)):
+        got = rule(tree)
+        assert {leaf.dtype.name for leaf in got.values()} == {"float32"}
+        assert {float(leaf) for leaf in got.values()} == {expected}
+
+
+def test_flower_on_models_without_arrays():
+    for rule in (flower.FedAvg(), flower.FedMedian(), flower.FedTrimmedAvg()):
+        assert rule([[], [], []], [1, 2, 3]) == []
+    for strategy in (flower.FedAvgM(), flower.FedAdagrad(), flower.FedAdam(), flower.FedYogi()):
+        params, state = strategy([], strategy.init([]), [[], []], [1, 2])
+        assert (params, int(state.step), state.first_moment) == ([], 0, [])
+
+
+@pytest.mark.parametrize("kind", ["list", "tree"])
+def test_whom_flower_selects(kind):
+    values = np.array([1.0, 2.0, 3.0, 4.5, 6.0, 60.0, np.nan], np.float32)
+    updates = [[value[None]] for value in values] if kind == "list" else {"w": jnp.asarray(values)}
+    rules = [(flower.Krum(1), [2]), (flower.MultiKrum(1, 3), [1, 2, 3]), (flower.Bulyan(1), [0, 1, 2, 3, 4])]
+    for rule, expected in rules:
+        selected = rule.selected(updates)
+        assert isinstance(selected, np.ndarray) == (kind == "list")
+        assert selected.dtype == bool
+        assert np.flatnonzero(selected).tolist() == expected
+    if kind == "tree":
+        np.testing.assert_array_equal(jax.jit(rule.selected)(updates), selected)
+        np.testing.assert_allclose(ff.mean_around_median(updates, 2, where=selected)["w"], rule(updates)["w"])
+
+
+def test_whom_byzfl_selects():
+    vectors = np.array([[0.0], [2.0], [4.0], [10.0], [10.1]], np.float32)
+    for rule, count in ((byzfl.Krum(1), 1), (byzfl.MultiKrum(1), 4)):
+        for form in (np.asarray, as_list, jnp.asarray):
+            selected = rule.selected(form(vectors))
+            assert isinstance(selected, np.ndarray) == (form is not jnp.asarray)
+            assert np.sum(selected) == count
+            np.testing.assert_allclose(rule(form(vectors)), vectors[np.asarray(selected)].mean(axis=0), rtol=1e-6)
+        np.testing.assert_array_equal(jax.jit(rule.selected)(vectors), selected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "int8", "bool"])
+@pytest.mark.parametrize("name", ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"])
+def test_flowers_server_optimizers_compute_as_the_host_does(name, dtype):
+    """As they do where JAX has float64; float32 beside it stays what it is."""
+    strategy = getattr(flower, name)()
+    start = [np.array([1, 0]).astype(dtype), np.float32([1.0, 2.0])]
+    rounds = [[[np.array([2 + k, k]).astype(dtype), np.float32([k, 0.5])] for k in range(3)] for _ in range(3)]
+
+    def play(params):
+        state = strategy.init(params)
+        for models in rounds:
+            params, state = strategy(params, state, models, [3_000_000_001, 1, 2])
+        return params, state
+
+    params, state = play(start)
+    with jax.enable_x64():
+        wanted, wanted_state = play([start[0].astype(float), start[1]])
+    assert [array.dtype for array in params] == [np.float64, np.float32]
+    assert [array.dtype for array in state.second_moment] == [np.float64, np.float32]
+    for got, other in zip(jax.tree.leaves((params, state)), jax.tree.leaves((wanted, wanted_state)), strict=True):
+        np.testing.assert_array_equal(got, other)
+
+
 def test_flower_fed_avg():
     updates = {"w": jnp.array([[1.0], [2.0], [6.0]]), "low": jnp.array([1.0, 2.0, 6.0], jnp.float16)}
     got = flower.FedAvg()(updates, [20, 20, 10])
@@ -234,7 +345,10 @@ def test_flowers_two_bulyans():
         ),
         (lambda: flower.LegacyBulyan(1)(np.zeros((6, 2), np.float32)), ValueError, "bulyan: num_byzantine is 1"),
         (lambda: flower.Krum(0)({}), ValueError, "Krum: updates has no client axis"),
-        (lambda: flower.Krum(0)([[np.zeros(2, np.int32)]] * 3), TypeError, "int32.*needs floating"),
+        (lambda: flower.Krum(0)([[np.zeros(2, np.complex64)]] * 3), TypeError, "complex64.*needs floating"),
+        (lambda: flower.Krum(0)([[], []]), ValueError, "Krum: updates has no arrays"),
+        (lambda: flower.Bulyan(0).selected([[], []]), ValueError, "Bulyan: updates has no arrays"),
+        (lambda: flower.LegacyBulyan(0)([[], []]), ValueError, "LegacyBulyan: updates has no arrays"),
     ],
 )
 def test_flower_refuses(make, error, message):

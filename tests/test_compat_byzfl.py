@@ -275,6 +275,24 @@ def test_adaptive_robust_clipping(n, d):
                 assert_near(got, expected[index], cases.matrices[index], cases.kinds[index])
 
 
+# --- Dtypes ---------------------------------------------------------------------------------------------------------
+
+BY_NAME = [("Average", ()), ("Median", ()), ("TrMean", (2,)), ("Krum", (2,)), ("MultiKrum", (2,)), ("MDA", (2,))]
+BY_NAME += [("MoNNA", (2,)), ("Meamed", (2,)), ("NNM", (2,)), ("GeometricMedian", ())]
+
+
+@pytest.mark.parametrize(("name", "arguments"), BY_NAME, ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "int64", "int32"])
+def test_float64_and_integers(name, arguments, dtype):
+    """To float64's digits, without JAX's float64; integers become it, but for those that Krum selects."""
+    x = np.random.default_rng(15).normal(size=(7, 30)) * 1000 + 2**24
+    x = x.astype(dtype)
+    got, expected = getattr(ours, name)(*arguments)(x), getattr(theirs, name)(*arguments)(x.copy())
+    assert got.dtype == expected.dtype == (dtype if name == "Krum" else np.float64)
+    np.testing.assert_allclose(got, expected, rtol=1e-13)
+    assert not jax.config.jax_enable_x64
+
+
 # --- What is refused --------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,88 @@ def test_the_two_bulyans_differ():
     assert np.mean([not np.allclose(one[index], other[index]) for index in plain]) > 0.5
 
 
+# --- Who is selected, dtypes, and models without arrays ------------------------------------------------------------
+
+RULES = [
+    (ours.FedAvg(), lambda: theirs.FedAvg()),
+    (ours.FedMedian(), lambda: theirs.FedMedian()),
+    (ours.FedTrimmedAvg(0.2), lambda: theirs.FedTrimmedAvg(beta=0.2)),
+    (ours.Krum(1), lambda: theirs.Krum(num_malicious_nodes=1)),
+    (ours.MultiKrum(1, 3), lambda: theirs.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=3)),
+    (ours.Bulyan(1), lambda: theirs.Bulyan(num_malicious_nodes=1)),
+]
+every_rule = pytest.mark.parametrize(("rule", "make"), RULES, ids=lambda value: type(value).__name__)
+
+
+def aggregate_clients(strategy, clients, counts):
+    """Theirs, on a list of arrays per client: the arrays, and what it makes of the metrics."""
+    contents = [
+        RecordDict(
+            {
+                "arrays": ArrayRecord({str(key): Array(array) for key, array in enumerate(client)}),
+                "metrics": MetricRecord({"num-examples": int(count), "loss": float(2**index)}),
+            }
+        )
+        for index, (client, count) in enumerate(zip(clients, counts, strict=True))
+    ]
+    messages = [types.SimpleNamespace(content=content) for content in contents]
+    strategy._check_and_log_replies = lambda replies, is_train: (messages, [])
+    arrays, metrics = strategy.aggregate_train(1, messages)
+    return [array.numpy() for array in arrays.values()], metrics["loss"]
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"])
+def test_dtypes_are_flowers(rule, make, dtype):
+    """Those of floats, float64 for integers, and the values to the digits of these dtypes."""
+    generator = np.random.default_rng(35)
+    counters = generator.integers(0, 2 if dtype == "bool" else 100, (9, 4))
+    # Not for those that select: Flower's distances, of a Gram matrix, lose their digits there.
+    if dtype in ("int64", "float64") and not hasattr(rule, "selected"):
+        counters = counters + 2**33
+    clients = [[row.astype(dtype), generator.normal(size=3)] for row in counters]
+    got, (expected, _) = rule(clients, examples(9)), aggregate_clients(make(), clients, examples(9))
+    for one, other in zip(got, expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        # Flower adds what it has multiplied and rounded.
+        np.testing.assert_allclose(one, other, rtol=20 * np.finfo(other.dtype).eps)
+
+
+@every_rule
+def test_metrics_are_averaged_over_who_is_selected(rule, make):
+    for seed in range(20):
+        x = np.random.default_rng([36, seed]).normal(size=(9, 5))
+        clients, counts = [[row] for row in x], examples(9)
+        _, loss = aggregate_clients(make(), clients, counts)
+        selected = rule.selected(clients) if hasattr(rule, "selected") else np.ones(9, bool)
+        weights = counts * selected
+        np.testing.assert_allclose(np.average(2.0 ** np.arange(9), weights=weights), loss, rtol=1e-12)
+
+
+@every_rule
+def test_models_without_arrays(rule, make):
+    clients, counts = [[]] * 9, examples(9)
+    if hasattr(rule, "selected"):
+        with pytest.raises(ValueError, match="need at least one array"):
+            aggregate_clients(make(), clients, counts)
+        with pytest.raises(ValueError, match=f"^{type(rule).__name__}: updates has no arrays"):
+            rule(clients, counts)
+    else:
+        assert rule(clients, counts) == aggregate_clients(make(), clients, counts)[0] == []
+
+
+def test_legacy_models_without_arrays():
+    results = [([], 1)] * 9
+    assert (
+        legacy.aggregate(results)
+        == legacy.aggregate_median(results)
+        == legacy.aggregate_trimmed_avg(results, 0.2)
+        == []
+    )
+    with pytest.raises(ValueError, match="need at least one array"):
+        legacy.aggregate_bulyan(results, 1, legacy.aggregate_krum, to_keep=0)
+
+
 # --- Server optimizers --------------------------------------------------------------------------------------------
 
 SETTINGS = [
@@ -347,6 +429,32 @@ def test_a_round_without_replies(name):
             params, state = mine(params, state, [[row] for row in models], examples(len(models)))
     assert int(state.step) == 2
     assert np.allclose(params[0], skipping, rtol=1e-9) == (name != "FedAdam")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+def test_optimizers_on_lists_have_the_host_s_precision(name, dtype):
+    """Without JAX's float64; batch counters become float64 there too."""
+    generator = np.random.default_rng(37)
+    x = generator.integers(-50, 50, (3, 4, 7)).astype(dtype)
+    strategy, mine = flowers(name, {}), getattr(ours, name)()
+    params, arrays = [np.zeros(7, dtype)], np.zeros(7, dtype)
+    state = mine.init(params)
+    for server_round, models in enumerate(x, 1):
+        strategy.configure_train(server_round, record(arrays), ConfigRecord(), None)
+        arrays = aggregate(strategy, models, server_round)
+        params, state = mine(params, state, [[row] for row in models], examples(4))
+        assert params[0].dtype == arrays.dtype == np.float64
+        np.testing.assert_allclose(params[0], arrays, rtol=1e-12)
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_on_models_without_arrays(name):
+    strategy, mine = flowers(name, {}), getattr(ours, name)()
+    strategy.configure_train(1, ArrayRecord({}), ConfigRecord(), None)
+    arrays, _ = aggregate_clients(strategy, [[], []], [1, 2])
+    assert mine([], mine.init([]), [[], []], [1, 2])[0] == arrays == []
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

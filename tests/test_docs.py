@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import fedfuse_jax as ff
@@ -189,3 +190,29 @@ def test_what_is_tested_has_kernels():
     """The source tree alone has none: whoever tests it by accident tests the definitions only."""
     if jax.default_backend() == "cpu":
         assert not _native.load("cpu").reason, ff.__file__
+
+
+# --- Keys that are to be secret -----------------------------------------------------------------------------------
+
+
+def test_no_secret_key_is_made_of_a_seed():
+    """JAX keeps 32 bits of a seed: whatever randomness went into it, all the keys it can be are soon tried."""
+    sources = [*PAGES, *sorted((ROOT / "fedfuse_jax").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+    of_a_seed = re.compile(r"(?:(?:random|jr)\.(?:key|PRNGKey)|seed)\(\s*(?:int\.from_bytes|secrets\.|os\.urandom)")
+    for source in sources:
+        text = source.read_text(encoding="utf-8").replace("Not `jax.random.key(secrets.randbits(63))`", "")
+        assert not of_a_seed.search(text), source
+        assert "randbits" not in text, source
+
+
+def test_the_documented_secret_key_has_64_random_bits():
+    namespace = {"jax": jax}
+    (block,) = [
+        code for kind, code in BLOCK.findall((ROOT / "docs/private.md").read_text()) if "def secret_key" in code
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(block, namespace)
+    words = np.array([jax.random.key_data(namespace["secret_key"]()) for _ in range(64)])
+    assert len(np.unique(words)) == words.size == 128
+    assert (np.bitwise_or.reduce(words) == 2**32 - 1).all()  # no bit is always 0, nor always 1
+    assert (np.bitwise_and.reduce(words) == 0).all()

@@ -194,6 +194,12 @@ def test_each_leaf_keeps_its_dtype(name):
     assert_close(got, tree)
 
 
+def test_mean_of_signed_weights_that_sum_to_zero_divides_by_zero():
+    clients = [("a", jnp.array([1.0, 5.0, 2.0]), 1.0), ("b", jnp.array([3.0, 4.0, 2.0]), -1.0)]
+    mean, _ = adapter.mean_aggregator().apply(clients, None)
+    np.testing.assert_array_equal(mean, [-np.inf, np.inf, np.nan])
+
+
 def test_mean_of_weights_that_sum_to_zero_is_nan():
     got = aggregate(adapter.mean_aggregator(), make_updates(3), [0, 0, 0])
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(got))

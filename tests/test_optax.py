@@ -54,6 +54,26 @@ def test_a_schedule_sees_the_step():
     np.testing.assert_allclose(moves, [1, 1 / 2, 1 / 3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_an_aggregator_is_told_does_not_disturb_the_server(name):
+    """optax hands the keyword arguments of an update to every part of a chain."""
+    from optax.experimental import aggregating
+
+    make, fused, options = PAIRS[name]
+    rule = ffx.aggregator(ff.weighted_mean)
+    params, updates = jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, -1.0], [jnp.nan, 1.0]])
+    told = {"where": jnp.array([True, True, False]), "weights": jnp.array([1.0, 3.0, 2.0])}
+    state = ff.init_server_state(params, tau=options.get("tau", 0.0))
+    wanted, _ = fused(params, state, updates, learning_rate=0.3, **options, **told)
+    for last in (make(0.3, **options), optax.chain(optax.identity(), make(0.3, **options))):
+        server = aggregating.process(optax.with_extra_args_support(optax.identity()), rule, last)
+        moves, _ = jax.jit(server.update)(-updates, server.init(params), params, **told)
+        np.testing.assert_allclose(optax.apply_updates(params, moves), wanted, rtol=1e-6)
+    chain = optax.chain(optax.trace(0.9), make(0.3, **options))
+    assert isinstance(chain, optax.GradientTransformationExtraArgs)
+    chain.update(-updates[0], chain.init(params), params, value=1.0)
+
+
 def test_any_rule_is_an_aggregator():
     from optax.experimental import aggregating
 

@@ -396,9 +396,22 @@ def test_the_adaptive_rule_to_the_digit():
     got = ff.adaptive_clip_norm(1.0, norms, target_quantile=0.3, learning_rate=0.5, where=where)
     np.testing.assert_allclose(got, np.exp(-0.5 * (1 / 2 - 0.3)), rtol=1e-6)
     got = ff.adaptive_clip_norm(1.0, norms, key=KEY, count_stddev=10.0)  # not clamped
-    share = (2 + 10 * float(jax.random.normal(KEY, ()))) / 5
+    share = (2 + 10 * float(jax.random.normal(jax.random.fold_in(KEY, 0x636F756E), ()))) / 5
     assert not 0 <= share <= 1
     np.testing.assert_allclose(got, np.exp(-0.2 * (share - 0.5)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_the_noise_on_the_count_is_not_that_of_a_sum(impl):
+    """Given one key, the count and no coordinate of an array or of a tree have the same noise."""
+    key = jax.random.key(3, impl=impl)
+    bound = ff.adaptive_clip_norm(
+        1.0, jnp.full(1, 2.0), target_quantile=0.0, learning_rate=1.0, key=key, count_stddev=1.0
+    )
+    of_count = -np.log(bound)
+    shapes = [(64,), (3, 5), *[()] * 100]
+    sums = np.concatenate([np.ravel(x) for x in noise_of(key, *shapes) + noise_of(key, (64,))])
+    assert np.abs(sums - of_count).min() > 1e-5
 
 
 def test_the_adaptive_rule_of_nobody_is_nan():

@@ -21,8 +21,10 @@ def mean_aggregator() -> fedjax.aggregators.Aggregator:
     float64 leaves) whose buffer is donated, so memory does not grow with the number of clients.
 
     Differs from `fedjax.aggregators.mean_aggregator` where that one is wrong: the sum is float32
-    whatever the dtype of the leaves, and weights that sum to zero give NaN rather than a silent
-    model of zeros. NaN in any update of any weight, zero included, reaches the result.
+    whatever the dtype of the leaves, and weights that sum to zero give no silent model of zeros:
+    the mean is the weighted sum divided by zero, NaN where that sum is zero (everywhere, if all
+    weights are) and infinite elsewhere, as for weights of both signs. NaN in any update of any
+    weight, zero included, reaches the result.
 
     Returns:
         A stateless `fedjax.aggregators.Aggregator`; `apply(clients_params_and_weights, state)`

@@ -29,8 +29,9 @@ def clipped_noisy_mean_aggregator(
         max_norm: C, a Python number.
         noise_multiplier: z, the noise's standard deviation in the sum over C: what an accountant of privacy asks for.
             0: clipping alone.
-        rng: The key of the first round; the state carries the next. Draw it from the operating system's randomness
-            and keep it: whoever knows it can take the noise away.
+        rng: The key of the first round; the state carries the next. Make it of 8 random bytes,
+            `jax.random.wrap_key_data(np.frombuffer(secrets.token_bytes(8), np.uint32), impl="threefry2x32")`, and keep
+            it: whoever knows it, or tries the 2³² that `jax.random.key(seed)` makes, can take the noise away.
         expected_clients: m, a Python number above 0: how many clients take part in a round on average. `None`: as
             many as came; see the notes.
 

@@ -6,9 +6,10 @@
     array([4., 5.], dtype=float32)
 
 Every rule is called with `vectors`: an array `(n, d)`, or a list of n vectors, of NumPy, JAX or PyTorch. What comes
-back is of the same library: float32, or float64 for float64 vectors where JAX has `jax_enable_x64`; integers are read
-as float32. On JAX arrays the rules work under `jit` and `vmap`, but for those whose class says otherwise. The vectors
-themselves are never changed.
+back is of the same library. NumPy's float64 is float64 whether or not JAX has `jax_enable_x64`, and its integers become
+float64, but for `Krum`'s, which stay integers; JAX's own arrays are what JAX makes of them; all else becomes float32,
+PyTorch's vectors too, as in ByzFL. On JAX arrays the rules work under `jit` and `vmap`, but for those whose class says
+otherwise. The vectors themselves are never changed.
 
 Everywhere, a client with NaN or infinities is one bad client: it is infinitely far from the others, NaN is the greatest
 of values, and the result is NaN only where more clients are bad than the rule can bear.

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from fedfuse_jax import stack_clients
+from fedfuse_jax.compat._host import as_floats, precision_of
 
 
 @dataclass(unsafe_hash=True)
@@ -19,8 +20,13 @@ class Rule:
     """Takes vectors of any kind and gives back the same kind."""
 
     def __call__(self, vectors: Any) -> Any:
-        rows, as_given = stacked(self, vectors)
-        return as_given(self._call(rows))
+        return self._on_rows(vectors, self._call)
+
+    def _on_rows(self, vectors: Any, compute: Callable[[Array], Array]) -> Any:
+        given = [as_floating(vector) for vector in (vectors if isinstance(vectors, list | tuple) else [vectors])]
+        with precision_of(array for array in given if not isinstance(array, jax.Array)):
+            rows, as_given = stacked(self, vectors, given)
+            return as_given(compute(rows))
 
     def _call(self, vectors: Array) -> Array:
         return _compiled(self, vectors)
@@ -35,14 +41,14 @@ def _compiled(rule: Rule, vectors: Array) -> Array:
     return rule._apply(vectors)
 
 
-def stacked(rule: Rule, vectors: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """The vectors as one JAX array, and what turns a result into an array of their library."""
+def stacked(rule: Rule, vectors: Any, given: list[Any]) -> tuple[Array, Callable[[Array], Any]]:
+    """The vectors, which `as_floating` gave, as one JAX array, and what makes a result an array of their library."""
     name = type(rule).__name__
     as_list = isinstance(vectors, list | tuple)
     if as_list and not vectors:
         raise ValueError(f"{name}: vectors is empty; it needs an array (n, d), or a list of vectors")
     first = vectors[0] if as_list else vectors
-    array = stack_clients([as_floating(vector) for vector in vectors]) if as_list else as_floating(vectors)
+    array = stack_clients(given) if as_list else jnp.asarray(given[0])
     if array.ndim < 2 or len(array) == 0:
         raise ValueError(
             f"{name}: vectors has shape {array.shape}; it needs (n, d), n at least 1, or a list of vectors"
@@ -54,11 +60,9 @@ def stacked(rule: Rule, vectors: Any) -> tuple[Array, Callable[[Array], Any]]:
     return array, np.asarray
 
 
-def as_floating(vector: Any) -> Array:
-    if _is_tensor(vector):
-        vector = vector.detach().cpu().float().numpy()
-    array = jnp.asarray(vector)
-    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.integer) else array
+def as_floating(vector: Any) -> Any:
+    """Floats of JAX or of NumPy; those of a PyTorch tensor are float32, as ByzFL has them."""
+    return as_floats(vector.detach().cpu().float().numpy() if _is_tensor(vector) else vector)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -22,7 +22,7 @@ from fedfuse_jax import (
     weighted_mean,
 )
 from fedfuse_jax.centers import _iterate, _weiszfeld_pulls
-from fedfuse_jax.compat._selection import mean_of_lowest, neighbor_scores
+from fedfuse_jax.compat._selection import lowest, mean_of_lowest, neighbor_scores
 from fedfuse_jax.compat.byzfl._rule import (
     Rule,
     as_floating,
@@ -191,8 +191,27 @@ class Krum(Rule):
     def __post_init__(self) -> None:
         check_whole_number(self, "f")
 
+    def __call__(self, vectors: Any) -> Any:
+        """The selected vector; integers of NumPy stay what they are, as in ByzFL."""
+        is_of_host = isinstance(vectors, np.ndarray | list | tuple) and len(vectors) > 0
+        if is_of_host and all(isinstance(vector, np.ndarray) for vector in vectors):
+            rows = np.asarray(vectors)
+            if np.issubdtype(rows.dtype, np.integer):
+                return rows[np.argmax(self.selected(vectors))].copy()
+        return super().__call__(vectors)
+
+    def selected(self, vectors: Any) -> Any:
+        """Whose vectors are selected, `(n,)` bool, of the vectors' library.
+
+        Where the result is NaN, since more clients are bad than the rule can bear, bad ones are among them.
+        """
+        return self._on_rows(vectors, partial(_compiled_selection, self))
+
     def _apply(self, vectors: Array) -> Array:
-        return mean_of_lowest(vectors, self._scores(vectors), 1)
+        return mean_of_lowest(vectors, self._scores(vectors), self._count(len(vectors)))
+
+    def _count(self, n: int) -> int:
+        return 1
 
     def _scores(self, vectors: Array) -> Array:
         n = len(vectors)
@@ -226,8 +245,15 @@ class MultiKrum(Krum):
         *Unlike ByzFL*: there, who of several with the same score is taken is arbitrary; here, the lower index.
     """
 
-    def _apply(self, vectors: Array) -> Array:
-        return mean_of_lowest(vectors, self._scores(vectors), len(vectors) - self.f)
+    __call__ = Rule.__call__
+
+    def _count(self, n: int) -> int:
+        return n - self.f
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_selection(rule: Krum, vectors: Array) -> Array:
+    return lowest(rule._scores(vectors), rule._count(len(vectors)))
 
 
 @dataclass
@@ -272,7 +298,7 @@ class CenteredClipping(Rule):
 
     def _call(self, vectors: Array) -> Array:
         check_not_traced(self, vectors, "the result could not be remembered", "fedfuse_jax.centered_clipping")
-        center = jnp.zeros_like(vectors[0]) if self.m is None else as_floating(self.m)
+        center = jnp.zeros_like(vectors[0]) if self.m is None else jnp.asarray(as_floating(self.m), vectors.dtype)
         self.m = _clip_around(vectors, center, self.tau, self.L) if self.L else center
         return self.m
 

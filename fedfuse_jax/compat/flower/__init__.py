@@ -9,8 +9,12 @@
 What the clients send is client-stacked: a pytree whose every leaf has the shape `(n_clients, ...)`; or, as Flower has
 it, a list of one list of arrays per client (its `NDArrays`), and then a list of NumPy arrays comes back. A list of
 lists is always read the second way. `num_examples` are the clients' numbers of examples; `None`: they count alike.
-Every array keeps its dtype, rounded once. On pytrees of JAX arrays the strategies work under `jit` and `vmap`, and a
-strategy may be a static argument: equal ones are equal.
+On pytrees of JAX arrays the strategies work under `jit` and `vmap`, and a strategy may be a static argument: equal ones
+are equal.
+
+Every floating array keeps its dtype, rounded once. In lists of arrays float64 is float64 whether or not JAX has
+`jax_enable_x64`, and integers, such as batch counters, become float64, as they do in Flower. In pytrees both are what
+JAX makes of them: float32, unless `jax_enable_x64` is on.
 
 **Aggregation.** `FedAvg`, `FedMedian`, `FedTrimmedAvg`, `Krum`, `MultiKrum`, `Bulyan` and `LegacyBulyan` have no state,
 and are called as `rule(updates, num_examples)`; whether the updates are models or differences is all the same to them.

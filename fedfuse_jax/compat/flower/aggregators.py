@@ -1,17 +1,20 @@
 """The strategies that only aggregate: `rule(updates, num_examples)`."""
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fedfuse_jax import _checks as checks
 from fedfuse_jax import bulyan, coordinate_median, mean_around_median, stack_clients, trimmed_mean, weighted_mean
+from fedfuse_jax.compat._host import as_floats, as_numbers, precision_of
 from fedfuse_jax.compat._selection import lowest, mean_of_lowest, neighbor_scores, num_clients
-from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arrays
+from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arrays, floats_of_clients
 
 PyTree = Any
 
@@ -21,14 +24,47 @@ class _Strategy:
     """What all have in common: the two forms of updates, and arrays that keep their dtypes."""
 
     def __call__(self, updates: PyTree, num_examples: Any = None) -> PyTree:
-        if num_examples is not None:
-            num_examples = checks.for_jit(type(self).__name__, "num_examples", num_examples)
+        num_examples = as_numbers(num_examples)
         if are_lists_of_arrays(updates):
-            return as_list_of_arrays(_compiled(self, stack_clients(updates), num_examples), updates[0])
+            clients = floats_of_clients(updates)
+            if not any(clients):
+                return self._of_no_arrays()
+            with precision_of(itertools.chain(*clients)):
+                return as_list_of_arrays(_compiled(self, stack_clients(clients), num_examples), clients[0])
+        updates = jax.tree.map(as_floats, updates)
         aggregated = _compiled(self, updates, num_examples)
         return jax.tree.map(lambda leaf, like: leaf.astype(jnp.result_type(like)), aggregated, updates)
 
+    def _of_no_arrays(self) -> list[np.ndarray]:
+        """What becomes of models without any array, which Flower knows too."""
+        return []
+
     def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _SelectingStrategy(_Strategy):
+    """What those have in common that select clients by their distances."""
+
+    def selected(self, updates: PyTree) -> Any:
+        """Who is selected, `(n_clients,)` bool: Flower averages the clients' metrics over them alone.
+
+        NumPy's for lists of arrays. Where the aggregate is NaN, since more clients are bad than the rule can bear, bad
+        ones are among them.
+        """
+        if are_lists_of_arrays(updates):
+            clients = floats_of_clients(updates)
+            if not any(clients):
+                self._of_no_arrays()
+            with precision_of(itertools.chain(*clients)):
+                return np.asarray(_compiled_selection(self, stack_clients(clients)))
+        return _compiled_selection(self, jax.tree.map(as_floats, updates))
+
+    def _of_no_arrays(self) -> list[np.ndarray]:
+        raise ValueError(f"{type(self).__name__}: updates has no arrays; it needs one at least, to compare clients by.")
+
+    def _scores_and_count(self, updates: PyTree) -> tuple[Array, int]:
         raise NotImplementedError
 
 
@@ -36,6 +72,11 @@ class _Strategy:
 def _compiled(strategy: _Strategy, updates: PyTree, num_examples: Any) -> PyTree:
     """Equal strategies are equal, so that each compiles once for updates of one shape."""
     return strategy._aggregate(updates, num_examples)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_selection(strategy: _SelectingStrategy, updates: PyTree) -> Array:
+    return lowest(*strategy._scores_and_count(updates))
 
 
 @dataclass(frozen=True)
@@ -58,7 +99,7 @@ class FedAvg(_Strategy):
     Notes:
         *As in Flower*: it bears no bad client; one NaN is in the mean.
         *Unlike Flower*: low precision is summed in float32; numbers of examples that sum to 0 give NaN, not a
-        `ZeroDivisionError`; integer arrays, which become float64 there, are refused.
+        `ZeroDivisionError`.
     """
 
     def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
@@ -66,7 +107,7 @@ class FedAvg(_Strategy):
 
 
 @dataclass(frozen=True)
-class MultiKrum(_Strategy):
+class MultiKrum(_SelectingStrategy):
     r"""Multi-Krum: the weighted mean of those that are nearest their neighbours.
 
     .. math:: y = \sum_{i \in S} w_i x_i \Big/ \sum_{i \in S} w_i
@@ -94,6 +135,7 @@ class MultiKrum(_Strategy):
 
     Notes:
         *As in Flower*: at least one neighbour, weighted by examples, which a bad client may lie about.
+        *As in Flower*, too: metrics are averaged over whom `selected(updates)` gives.
         *Unlike Flower*: distances are computed from differences, not from a Gram matrix whose small differences of
         large numbers may be negative; numbers of examples that sum to 0 give NaN, not a `ZeroDivisionError`.
     """
@@ -106,12 +148,14 @@ class MultiKrum(_Strategy):
         _check_integer(self, "num_nodes_to_select", 1)
 
     def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
-        scores = _scores(self, updates)
-        return mean_of_lowest(updates, scores, self.num_nodes_to_select, num_examples)
+        return mean_of_lowest(updates, *self._scores_and_count(updates), num_examples)
+
+    def _scores_and_count(self, updates: PyTree) -> tuple[Array, int]:
+        return _scores(self, updates), self.num_nodes_to_select
 
 
 @dataclass(frozen=True)
-class Krum(_Strategy):
+class Krum(_SelectingStrategy):
     r"""Krum: the one update that is nearest its neighbours.
 
     .. math:: y = x_k, \quad k = \operatorname{argmin}_i \sum_{j \in N_i} \|x_i - x_j\|^2
@@ -135,7 +179,8 @@ class Krum(_Strategy):
         Blanchard et al. 2017, https://arxiv.org/abs/1703.02757; `flwr.serverapp.strategy.Krum`.
 
     Notes:
-        *As in Flower*: at least one neighbour, where `fedfuse_jax.krum` refuses to have none.
+        *As in Flower*: at least one neighbour, where `fedfuse_jax.krum` refuses to have none. The update comes back to
+        the bit; `selected(updates)` says whose it is.
         *Unlike Flower*: as `MultiKrum`; and in Flower's legacy `aggregate_krum` a client with NaN wins.
     """
 
@@ -145,11 +190,16 @@ class Krum(_Strategy):
         _check_integer(self, "num_malicious_nodes", 0)
 
     def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
-        return mean_of_lowest(updates, _scores(self, updates), 1, num_examples)
+        # 1, so that the update comes back to the bit; NaN for 0 examples, by which Flower cannot divide.
+        weights = None if num_examples is None else num_examples / num_examples
+        return mean_of_lowest(updates, *self._scores_and_count(updates), weights)
+
+    def _scores_and_count(self, updates: PyTree) -> tuple[Array, int]:
+        return _scores(self, updates), 1
 
 
 @dataclass(frozen=True)
-class Bulyan(_Strategy):
+class Bulyan(_SelectingStrategy):
     r"""Bulyan as Flower has it now: one Multi-Krum selects all at once.
 
     .. math:: y_j = \frac{1}{n - 4f} \sum_{i \in N_j} x_{ij}
@@ -175,7 +225,7 @@ class Bulyan(_Strategy):
         and `fedfuse_jax.bulyan`, and most often gives another result; `flwr.serverapp.strategy.Bulyan`.
 
     Notes:
-        *As in Flower*: one selection.
+        *As in Flower*: one selection; metrics are averaged over whom `selected(updates)` gives.
         *Unlike Flower*: too few clients are an error; there, the round is skipped with a warning.
     """
 
@@ -185,13 +235,17 @@ class Bulyan(_Strategy):
         _check_integer(self, "num_malicious_nodes", 0)
 
     def _aggregate(self, updates: PyTree, num_examples: Any) -> PyTree:
+        where = lowest(*self._scores_and_count(updates))
+        return mean_around_median(updates, 2 * self.num_malicious_nodes, where=where)
+
+    def _scores_and_count(self, updates: PyTree) -> tuple[Array, int]:
         f, n = self.num_malicious_nodes, num_clients("Bulyan", updates)
         if n < 4 * f + 3:
             raise ValueError(
                 f"Bulyan: num_malicious_nodes is {f}, and there are {n} clients; it needs 4 * num_malicious_nodes + 3 "
                 f"at least, {4 * f + 3}"
             )
-        return mean_around_median(updates, 2 * f, where=lowest(_scores(self, updates), n - 2 * f))
+        return _scores(self, updates), n - 2 * f
 
 
 @dataclass(frozen=True)
@@ -225,6 +279,8 @@ class LegacyBulyan(_Strategy):
     """
 
     num_malicious_clients: int = 0
+
+    _of_no_arrays = _SelectingStrategy._of_no_arrays
 
     def __post_init__(self) -> None:
         _check_integer(self, "num_malicious_clients", 0)

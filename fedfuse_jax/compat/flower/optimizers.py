@@ -1,5 +1,6 @@
 """The strategies with a server optimizer: `strategy(params, state, models, num_examples)`."""
 
+import itertools
 import math
 from dataclasses import dataclass, fields
 from functools import partial
@@ -21,7 +22,8 @@ from fedfuse_jax import (
     weighted_mean,
 )
 from fedfuse_jax import _checks as checks
-from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arrays
+from fedfuse_jax.compat._host import as_floats, as_numbers, precision_of
+from fedfuse_jax.compat.flower._forms import are_lists_of_arrays, as_list_of_arrays, floats_of_clients
 
 PyTree = Any
 
@@ -42,7 +44,14 @@ class _ServerOptimizer:
 
     def init(self, params: PyTree) -> ServerState:
         """The state before the first round: both moments are zeros, as in Flower."""
-        return init_server_state(params, tau=0.0)
+        params = jax.tree.map(as_floats, params)
+        arrays = jax.tree.leaves(params)
+        if not arrays:
+            return ServerState(jnp.zeros((), np.int32), params, params)
+        if not (isinstance(params, list) and all(isinstance(array, np.ndarray) for array in params)):
+            return init_server_state(params, tau=0.0)
+        with precision_of(arrays):
+            return _of_host(init_server_state(params, tau=0.0))
 
     def __call__(
         self, params: PyTree, state: ServerState, models: PyTree, num_examples: Any = None
@@ -50,11 +59,15 @@ class _ServerOptimizer:
         """One round: the new parameters and the new state, from the models that the clients sent."""
         if isinstance(models, list) and not models:
             return params, state
-        if num_examples is not None:
-            num_examples = checks.for_jit(type(self).__name__, "num_examples", num_examples)
+        num_examples = as_numbers(num_examples)
         if are_lists_of_arrays(models):
-            arrays, state = _compiled(self, params, state, stack_clients(models), num_examples)
-            return as_list_of_arrays(arrays, params), state
+            (params,), clients = floats_of_clients([params]), floats_of_clients(models)
+            if not any([params, *clients]):
+                return params, state
+            with precision_of(itertools.chain(params, *clients)):
+                arrays, state = _compiled(self, params, state, stack_clients(clients), num_examples)
+                return as_list_of_arrays(arrays, params), _of_host(state)
+        params, models = jax.tree.map(as_floats, (params, models))
         return _compiled(self, params, state, models, num_examples)
 
     def _round(
@@ -75,6 +88,14 @@ class _ServerOptimizer:
 
     def _step(self, params: PyTree, state: ServerState, delta: PyTree, dtype: Any) -> tuple[PyTree, ServerState]:
         raise NotImplementedError
+
+
+def _of_host(state: ServerState) -> ServerState:
+    """The moments as NumPy arrays, which stay float64 where JAX has none."""
+    return state._replace(
+        first_moment=[np.asarray(array) for array in state.first_moment],
+        second_moment=[np.asarray(array) for array in state.second_moment],
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -208,7 +229,7 @@ class FedAdam(_ServerOptimizer):
     Notes:
         *As in Flower*: the correction is Adam's, of the step, but of round t + 1; τ outside the root, uncorrected.
         *Unlike Flower*: a round that is empty or not finite changes nothing, t included, which there counts rounds
-        without replies as well. Arrays keep their dtypes; there, they become float64.
+        without replies as well. Floating arrays keep their dtypes; there, they become float64.
     """
 
     eta: float = 1e-1
