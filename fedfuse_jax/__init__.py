@@ -10,50 +10,29 @@
 
 __version__ = "0.1.0"  # before the imports, since the compiled modules must be of it
 
-from fedfuse_jax import _native, _primitive, _versions, reference
+from fedfuse_jax import _core, _native, _versions, reference
+from fedfuse_jax._export import export_checks
+from fedfuse_jax._server_state import ServerState
 from fedfuse_jax._versions import show_versions
 from fedfuse_jax.centers import centered_clipping, geometric_median
-from fedfuse_jax.compressed import (
-    hadamard_rotation,
-    inverse_hadamard_rotation,
-    quantize,
-    quantized_weighted_sum,
-    topk_sparse_weighted_sum,
-    topk_sparsify,
-)
-from fedfuse_jax.distances import (
-    bucketing,
-    bulyan,
-    krum,
-    krum_scores,
-    multi_krum,
-    nearest_neighbor_mixing,
-    pairwise_squared_distances,
-)
-from fedfuse_jax.private import (
-    adaptive_clip_norm,
-    clipped_noisy_weighted_sum,
-    clipped_weighted_sum,
-    noisy_weighted_sum,
-)
-from fedfuse_jax.reduce import (
-    accumulate_weighted,
-    export_checks,
-    finite_clients,
-    squared_norms,
-    stack_clients,
-    weighted_mean,
-    weighted_sum,
-)
-from fedfuse_jax.robust import coordinate_median, mean_around_median, trimmed_mean
+from fedfuse_jax.distances import pairwise_squared_distances
+from fedfuse_jax.linear import weighted_mean, weighted_sum
+from fedfuse_jax.mixing import bucketing, nearest_neighbor_mixing
+from fedfuse_jax.norms import finite_clients, squared_norms
+from fedfuse_jax.order_statistics import coordinate_median, mean_around_median, trimmed_mean
+from fedfuse_jax.private import adaptive_clip_norm, clipped_noisy_weighted_sum, clipped_weighted_sum, noisy_weighted_sum
+from fedfuse_jax.quantized import quantize, quantized_weighted_sum
+from fedfuse_jax.rotation import hadamard_rotation, inverse_hadamard_rotation
+from fedfuse_jax.selection import bulyan, krum, krum_scores, multi_krum
 from fedfuse_jax.server import (
-    ServerState,
     fedadagrad_weighted_update,
     fedadam_weighted_update,
     fedavgm_weighted_update,
     fedyogi_weighted_update,
     init_server_state,
 )
+from fedfuse_jax.sparse import topk_sparse_weighted_sum, topk_sparsify
+from fedfuse_jax.streaming import accumulate_weighted, stack_clients
 
 __all__ = [
     "ServerState",
@@ -95,5 +74,5 @@ __all__ = [
     "weighted_sum",
 ]
 
-_native.check_disabled_names(_primitive.OPERATIONS)
+_native.check_disabled_names(_core.OPERATIONS)
 _versions.warn_of_newer_jax()

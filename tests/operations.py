@@ -18,13 +18,15 @@ import numpy as np
 import oracle
 
 import fedfuse_jax as ff
-from fedfuse_jax import _native, _primitive, reference
-from fedfuse_jax import centers as center_operations
-from fedfuse_jax import compressed as compressed_operations
-from fedfuse_jax import distances as distance_operations
-from fedfuse_jax import private as private_operations
-from fedfuse_jax import reduce as reduce_operations
-from fedfuse_jax import robust as robust_operations
+from fedfuse_jax import _core, _native, reference
+from fedfuse_jax._primitives.centers import STEP_TOWARD_CLIENTS
+from fedfuse_jax._primitives.distances import PAIRWISE_SQUARED_DISTANCES
+from fedfuse_jax._primitives.linear import CLIENT_DOTS, WEIGHTED_SPREAD
+from fedfuse_jax._primitives.mixing import MIX_CLIENTS
+from fedfuse_jax._primitives.norms import CLIENT_NORMS
+from fedfuse_jax._primitives.order_statistics import SELECTED_MEAN, SPREAD_TO_SELECTED
+from fedfuse_jax._primitives.quantized import QUANTIZED_DOTS
+from fedfuse_jax._primitives.sparse import SPARSE_DOTS, SPARSE_SPREAD
 
 
 class Kind(enum.Enum):
@@ -86,14 +88,14 @@ def client_dots(updates: Any, others: Any, where: Any = None, shared: bool = Fal
     leaves, other_leaves = jax.tree.leaves(updates), jax.tree.leaves(others)
     dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves + other_leaves)).name
     operands = {"updates": leaves, "others": other_leaves, "where": where}
-    return reduce_operations.CLIENT_DOTS.bind(operands, (dtype,), shared=shared)[0]
+    return CLIENT_DOTS.bind(operands, (dtype,), shared=shared)[0]
 
 
 def selected_mean(updates: Any, values: Any, trim_count: Any, where: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
     operands = {"updates": leaves, "values": jax.tree.leaves(values), "where": where, "trim_count": trim_count}
-    results = robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=-1, around_median=False)
+    results = SELECTED_MEAN.bind(operands, dtypes, trim=-1, around_median=False)
     return structure.unflatten(results)
 
 
@@ -101,7 +103,7 @@ def spread_to_selected(updates: Any, cotangents: Any, trim_count: Any, where: An
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [leaf.dtype.name for leaf in leaves]
     operands = {"updates": leaves, "cotangents": jax.tree.leaves(cotangents), "where": where, "trim_count": trim_count}
-    results = robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=-1, around_median=False)
+    results = SPREAD_TO_SELECTED.bind(operands, dtypes, trim=-1, around_median=False)
     return structure.unflatten(results)
 
 
@@ -116,7 +118,7 @@ def mean_nearest_median(updates: Any, values: Any, where: Any = None) -> Any:
     dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
     operands = {"updates": leaves, "values": jax.tree.leaves(values), "where": where, "trim_count": None}
     f = num_byzantine_of(updates)
-    return structure.unflatten(robust_operations.SELECTED_MEAN.bind(operands, dtypes, trim=f, around_median=True))
+    return structure.unflatten(SELECTED_MEAN.bind(operands, dtypes, trim=f, around_median=True))
 
 
 def spread_nearest_median(updates: Any, cotangents: Any, where: Any = None) -> Any:
@@ -124,28 +126,28 @@ def spread_nearest_median(updates: Any, cotangents: Any, where: Any = None) -> A
     dtypes = [leaf.dtype.name for leaf in leaves]
     operands = {"updates": leaves, "cotangents": jax.tree.leaves(cotangents), "where": where, "trim_count": None}
     f = num_byzantine_of(updates)
-    return structure.unflatten(robust_operations.SPREAD_TO_SELECTED.bind(operands, dtypes, trim=f, around_median=True))
+    return structure.unflatten(SPREAD_TO_SELECTED.bind(operands, dtypes, trim=f, around_median=True))
 
 
 def difference_dots(updates: Any, others: Any, where: Any = None) -> Any:
     leaves = jax.tree.leaves(updates)
     operands = {"updates": leaves, "others": jax.tree.leaves(others), "where": where}
     dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves)).name
-    return distance_operations.PAIRWISE_SQUARED_DISTANCES.bind(operands, (dtype,))[0]
+    return PAIRWISE_SQUARED_DISTANCES.bind(operands, (dtype,))[0]
 
 
 def mix_clients(updates: Any, mixing: Any) -> Any:
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
     operands = {"updates": leaves, "mixing": mixing}
-    return structure.unflatten(distance_operations.MIX_CLIENTS.bind(operands, dtypes))
+    return structure.unflatten(MIX_CLIENTS.bind(operands, dtypes))
 
 
 def step_toward_clients(updates: Any, center: Any, weights: Any, where: Any = None) -> Any:
     leaves, structure = jax.tree.flatten(updates)
     dtypes = [reference.accumulator_dtype(leaf.dtype).name for leaf in leaves]
     operands = {"updates": leaves, "center": jax.tree.leaves(center), "weights": weights, "where": where}
-    results = center_operations.STEP_TOWARD_CLIENTS.bind(operands, [*dtypes, weights.dtype.name])
+    results = STEP_TOWARD_CLIENTS.bind(operands, [*dtypes, weights.dtype.name])
     return structure.unflatten(results[:-1]), results[-1]
 
 
@@ -160,7 +162,7 @@ def _spread_with(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 weighted_spread = _spread_with(
-    lambda weights, leaves, where, dtypes: reduce_operations.WEIGHTED_SPREAD.bind(
+    lambda weights, leaves, where, dtypes: WEIGHTED_SPREAD.bind(
         {"weights": weights, "cotangents": leaves, "where": where}, dtypes
     )
 )
@@ -181,7 +183,7 @@ def _as_many_bad(function: Callable[..., Any], argument: str = "num_byzantine") 
 def client_norms(updates: Any, where: Any = None) -> Any:
     leaves = jax.tree.leaves(updates)
     dtype = reference.accumulator_dtype(*(leaf.dtype for leaf in leaves)).name
-    return private_operations.CLIENT_NORMS.bind({"updates": leaves, "where": where}, (dtype,))[0]
+    return CLIENT_NORMS.bind({"updates": leaves, "where": where}, (dtype,))[0]
 
 
 def server_row(operation: str, *rates: str) -> Row:
@@ -216,12 +218,12 @@ def server_row(operation: str, *rates: str) -> Row:
 
 def sparse_spread(indices: Any, weights: Any, vector: Any, where: Any = None) -> Any:
     operands = {"indices": indices, "weights": weights, "vector": vector, "where": where}
-    return compressed_operations.SPARSE_SPREAD.bind(operands, (vector.dtype.name,))[0]
+    return SPARSE_SPREAD.bind(operands, (vector.dtype.name,))[0]
 
 
 def sparse_dots(values: Any, indices: Any, vector: Any, where: Any = None) -> Any:
     operands = {"values": values, "indices": indices, "vector": vector, "where": where}
-    return compressed_operations.SPARSE_DOTS.bind(operands, (vector.dtype.name,))[0]
+    return SPARSE_DOTS.bind(operands, (vector.dtype.name,))[0]
 
 
 def quantized_dots(codes: Any, zero_points: Any, vector: Any, where: Any = None) -> Any:
@@ -229,7 +231,7 @@ def quantized_dots(codes: Any, zero_points: Any, vector: Any, where: Any = None)
     zero_points = zero_points.astype(vector.dtype)[:, None]
     operands = {"codes": codes[:, None], "zero_points": zero_points, "vector": vector[None], "where": where}
     bits = {"num_bits": 8, "num_params": -1, "block_size": 0}
-    return compressed_operations.QUANTIZED_DOTS.bind(operands, (vector.dtype.name,), **bits)[0][:, 0]
+    return QUANTIZED_DOTS.bind(operands, (vector.dtype.name,), **bits)[0][:, 0]
 
 
 def in_float64(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -693,7 +695,7 @@ def has_kernel(operation: str) -> bool:
 
 
 def all_kernels_built() -> bool:
-    return all(map(has_kernel, _primitive.OPERATIONS))
+    return all(map(has_kernel, _core.OPERATIONS))
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from benchmarks import (
     trees,
 )
 from benchmarks.operations import FLOOR, OURS, ROWS, TINY, Problem
-from fedfuse_jax import _primitive
+from fedfuse_jax import _core
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def row_named(name: str) -> operations.Row:
 
 def public_operations() -> list[str]:
     """Public names of primitives; what is only arithmetic on a number per client is not worth measuring."""
-    return [name for name in ff.__all__ if name in _primitive.OPERATIONS]
+    return [name for name in ff.__all__ if name in _core.OPERATIONS]
 
 
 @pytest.fixture(scope="module")

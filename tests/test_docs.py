@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import fedfuse_jax as ff
-from fedfuse_jax import _native, _primitive
+from fedfuse_jax import _core, _native
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -152,7 +152,7 @@ def test_the_reference_of_an_adapter_is_whole(framework, module_name):
 def test_every_operation_is_in_the_readme_and_the_changelog():
     for page in ("README.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text()
-        assert not [name for name in OPERATIONS if name in _primitive.OPERATIONS and f"`{name}`" not in text], page
+        assert not [name for name in OPERATIONS if name in _core.OPERATIONS and f"`{name}`" not in text], page
 
 
 # --- What a page says of the rest -------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from operations import CASES, Problem, has_kernel, one_array, to_jax
 from tiers import most_arguments_first
 
 import fedfuse_jax as ff
-from fedfuse_jax import _primitive
+from fedfuse_jax import _core
+from fedfuse_jax._core.lowering import as_attribute
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 fullest_case = most_arguments_first(CASES)
@@ -88,7 +89,7 @@ def test_the_gradient_travels_too():
 
 def test_export_checks_name_every_operation():
     names = {check._impl.removeprefix("custom_call:") for check in ff.export_checks()}
-    assert names == {f"fedfuse.{operation}.v1" for operation in _primitive.OPERATIONS}
+    assert names == {f"fedfuse.{operation}.v1" for operation in _core.OPERATIONS}
 
 
 def test_without_exemptions_export_refuses_our_calls():
@@ -130,11 +131,11 @@ def native_call(case, batch=()):
     # The program's other equations prepare operands (weights of ones, a trim count); any values will do for those.
     avals = [v.aval for v in equation.invars]
     operands = tuple(jnp.ones(aval.shape, aval.dtype) for aval in avals)
-    operation, layout = _primitive.OPERATIONS[case.row.operation], equation.params["layout"]
+    operation, layout = _core.OPERATIONS[case.row.operation], equation.params["layout"]
     results = tuple(
         (aval.shape, aval.dtype) for aval in operation._abstract_values_with_workspace(*avals, layout=layout)
     )
-    attributes = {name: _primitive._as_attribute(value) for name, value in layout.attributes}
+    attributes = {name: as_attribute(value) for name, value in layout.attributes}
     attributes |= {"batch_dims": np.int32(layout.batch_dims), "num_leaves": np.int32(layout.num_leaves)}
     for spec in operation.operands(layout.attributes):
         if spec.optional:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from operations import has_kernel
 
-from fedfuse_jax import _primitive
+from fedfuse_jax import _core
 
 
 class Counted(dict):
@@ -27,14 +27,14 @@ class Counted(dict):
 def test_workspaces_take_one_pass_over_the_axes(name):
     num_leaves = 100
     sizes = Counted(clients=3, **{f"leaf{i}.axis{axis}": 1 + axis for i in range(num_leaves) for axis in range(2)})
-    layout = _primitive.Layout(num_leaves, 0, (), ("float32",) * (1 + 3 * num_leaves), ())
-    assert _primitive.OPERATIONS[name]._workspace(sizes, layout) > 0
+    layout = _core.Layout(num_leaves, 0, (), ("float32",) * (1 + 3 * num_leaves), ())
+    assert _core.OPERATIONS[name].workspace(sizes, layout) > 0
     assert sizes.seen == len(sizes)
 
 
 def test_coordinates_of_leaves():
     sizes = {"clients": 5, "leaf0.axis0": 2, "leaf11.axis0": 3, "leaf11.axis1": 4, "leaves": 7}
-    assert _primitive.coordinates_of_leaves(sizes, 12) == [2, *[1] * 10, 12]
+    assert _core.coordinates_of_leaves(sizes, 12) == [2, *[1] * 10, 12]
 
 
 @pytest.mark.skipif(not has_kernel("stack_clients"), reason="no compiled kernel to refuse anything")

@@ -14,7 +14,7 @@ from test_battery import assert_same_bits
 
 import fedfuse_jax as ff
 from fedfuse_jax import reference
-from fedfuse_jax._primitive import OPERATIONS
+from fedfuse_jax._core import OPERATIONS
 
 RULES = [
     ff.fedavgm_weighted_update, ff.fedadagrad_weighted_update, ff.fedadam_weighted_update, ff.fedyogi_weighted_update,

@@ -20,8 +20,8 @@ from test_battery import assert_close, assert_same_bits
 from tiers import by_id, checkerboard, tiered, with_most_arguments
 
 import fedfuse_jax as ff
+from fedfuse_jax import _core
 from fedfuse_jax import _jax_internals as internals
-from fedfuse_jax import _primitive
 
 SHAPES = (("kernel", (8, 4)), ("wide", (12,)), ("bias", ()))
 PROBLEM = Problem(n_clients=8, shapes=SHAPES, values="apart")
@@ -101,7 +101,7 @@ def check_collectives(text, case, layout):
     found = hlo.collectives(text)
     if layout.clients is None:
         assert found == dict.fromkeys(case.row.collectives, 1)
-    elif "clients" not in _primitive.OPERATIONS[case.row.operation]._whole_axes and case.row.public:
+    elif "clients" not in _core.OPERATIONS[case.row.operation].whole_axes and case.row.public:
         assert set(found) <= {"all-reduce"}
 
 

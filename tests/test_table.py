@@ -10,7 +10,7 @@ import pytest
 from operations import CASES, ROWS, Problem, to_jax
 
 import fedfuse_jax as ff
-from fedfuse_jax import _native, _primitive, reference
+from fedfuse_jax import _core, _native, reference
 
 ROOT = Path(__file__).parents[1]
 NOT_OPERATIONS = {
@@ -34,21 +34,21 @@ def listed_handlers():
 
 
 def test_every_operation_has_a_row():
-    assert {row.operation for row in ROWS} == set(_primitive.OPERATIONS)
+    assert {row.operation for row in ROWS} == set(_core.OPERATIONS)
 
 
 def test_every_public_operation_has_a_row_and_a_primitive():
     assert sorted({row.operation for row in ROWS if row.public}) == PUBLIC
-    assert set(PUBLIC) <= set(_primitive.OPERATIONS)
+    assert set(PUBLIC) <= set(_core.OPERATIONS)
 
 
-@pytest.mark.parametrize("name", sorted(_primitive.OPERATIONS))
+@pytest.mark.parametrize("name", sorted(_core.OPERATIONS))
 def test_every_operation_has_a_definition(name):
     assert inspect.getdoc(getattr(reference, name))
 
 
 def test_every_operation_has_a_handler():
-    assert listed_handlers() == sorted(_primitive.OPERATIONS)
+    assert listed_handlers() == sorted(_core.OPERATIONS)
 
 
 @pytest.mark.parametrize("platform", _native.MODULES)

@@ -49,7 +49,7 @@ struct Call {
 };
 
 // vmap gives every operand as many leading axes as there are maps, each of full size or, where the operand is not
-// mapped, of size 1. fedfuse_jax/_primitive.py has the same number.
+// mapped, of size 1. fedfuse_jax/_core/declaration.py has the same number.
 inline constexpr int kMaxBatchDims = 8;
 
 struct Batch {

@@ -26,7 +26,7 @@ struct SparseSumProblem {
   View weights;  // (clients)
   View where;    // (clients) of bool, or not present
   View total;    // (coordinates)
-  // (batch, clients): scratch, for whether a client's indices are sorted. fedfuse_jax/compressed.py sizes it.
+  // (batch, clients): scratch, for whether a client's indices are sorted. fedfuse_jax/_primitives/sparse.py sizes it.
   std::uint8_t* sorted = nullptr;
 };
 

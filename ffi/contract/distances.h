@@ -11,7 +11,7 @@
 namespace fedfuse {
 
 // The partial sums of all pairs are kept for so many segments of the coordinates that they are no more numbers than
-// this, for one segment at least. fedfuse_jax/distances.py sizes the workspace by it.
+// this, for one segment at least. fedfuse_jax/_primitives/distances.py sizes the workspace by it.
 inline constexpr std::int64_t kMostPairSums = std::int64_t{1} << 20;
 
 // Squared distances of all pairs of clients; or the products of their differences with those of others.

@@ -16,7 +16,8 @@ struct ClientNormsProblem {
   std::vector<View> updates;  // (clients, parameters)
   View where;                 // (clients) of bool, or not present
   View norms;                 // (clients), float32 or float64
-  // (batch, clients, blocks): sums over blocks of kReductionBlock coordinates. fedfuse_jax/private.py knows their size.
+  // (batch, clients, blocks): sums over blocks of kReductionBlock coordinates. fedfuse_jax/_primitives/norms.py knows
+  // their size.
   ScaledSum* partials = nullptr;
   std::vector<std::int64_t> first_block;  // of each leaf, and one past the last
 };

@@ -10,7 +10,8 @@
 namespace fedfuse {
 
 // Sums over coordinates are taken in blocks of so many of a leaf, whose float64 sums are then added in order: neither
-// the number of threads nor the size of a chunk can change them. fedfuse_jax/reduce.py sizes the workspace by it.
+// the number of threads nor the size of a chunk can change them. fedfuse_jax/_core/workspace.py sizes the workspace by
+// it.
 inline constexpr std::int64_t kReductionBlock = 16384;
 
 // The first block of each leaf, and one past the last.

@@ -7,7 +7,7 @@
 namespace fedfuse {
 namespace {
 
-// Every part of the scratch memory begins on a cache line; fedfuse_jax/server.py leaves room for that.
+// Every part of the scratch memory begins on a cache line; fedfuse_jax/_primitives/server.py leaves room for that.
 constexpr std::int64_t kAlignment = 64;
 
 constexpr std::initializer_list<Type> kReals = {Type::kFloat32, Type::kFloat64};

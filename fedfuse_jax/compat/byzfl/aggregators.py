@@ -21,7 +21,8 @@ from fedfuse_jax import (
     trimmed_mean,
     weighted_mean,
 )
-from fedfuse_jax.centers import _iterate, _weiszfeld_pulls
+from fedfuse_jax.centers import iterate as _iterate
+from fedfuse_jax.centers import weiszfeld_pulls as _weiszfeld_pulls
 from fedfuse_jax.compat._selection import lowest, mean_of_lowest, neighbor_scores
 from fedfuse_jax.compat.byzfl._rule import (
     Rule,
