@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -67,13 +69,16 @@ class Measured(NamedTuple):
 
 
 def _measure(leaves: checks.Leaves, where: Array | None, axis_name: Any) -> Measured:
-    dtype = checks.tree_accumulator(leaves.arrays)
-    operands = {"updates": leaves.arrays, "others": None, "where": where}
-    (distances,) = PAIRWISE_SQUARED_DISTANCES.bind(operands, (dtype.name,))
+    return _distances_and_finite(leaves.arrays, where, checks.tree_accumulator(leaves.arrays).name, axis_name)
+
+
+# The operation gives NaN for the distance from itself of a client that is not finite. That is no news to users, who are
+# promised 0, but to rules. Compiled as one, so that `jax_debug_nans` sees what comes of it alone.
+@functools.partial(jax.jit, static_argnames=("dtype", "axis_name"), inline=True)
+def _distances_and_finite(updates: list[Array], where: Array | None, dtype: str, axis_name: Any) -> Measured:
+    (distances,) = PAIRWISE_SQUARED_DISTANCES.bind({"updates": updates, "others": None, "where": where}, (dtype,))
     if axis_name is not None:
         distances = lax.psum(distances, axis_name)
-    # The operation gives NaN for the distance from itself of a client that is not finite: that is no news to users,
-    # who are promised 0, but to rules.
     not_finite = jnp.isnan(jnp.diagonal(distances))
     return Measured(jnp.where(jnp.isnan(distances), 0, distances), ~not_finite)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -309,13 +310,34 @@ def _bind(
         operands["given_norms"] = all_reduce("norm", norms, axis_name)
     dtypes = checks.result_dtypes(name, leaves.arrays, None)
     attributes = {"divide": False} if operation is WEIGHTED_SUM else _attributes(operation)
-    results = operation.bind(operands, (*([dtype.name] if clip else []), *dtypes), **attributes)
-    total, norms = leaves.unflatten(results[1:] if clip else results), results[0]
+    sums, norms = _sums_and_norms(
+        operands,
+        operation,
+        (*([dtype.name] if clip else []), *dtypes),
+        tuple(attributes.items()),
+        clip and return_norms,
+    )
+    total = leaves.unflatten(sums)
     if clip and axis_name is not None:
         norms = operands["given_norms"]  # the same ones, and known to be the same on every device
     if noise and not made_in_kernel:
         total = reference.add_noise(total, key, operands["stddev"])
     return (total, norms) if return_norms else total
+
+
+# Compiled as one, so that `jax_debug_nans` sees norms that are not finite only where norms are asked for.
+@functools.partial(jax.jit, static_argnames=("operation", "out_dtypes", "attributes", "return_norms"), inline=True)
+def _sums_and_norms(
+    operands: Operands,
+    operation: Operation,
+    out_dtypes: tuple[str, ...],
+    attributes: tuple[tuple[str, bool], ...],
+    return_norms: bool,
+) -> tuple[list[Array], Array | None]:
+    """The sums, and the norms that clipping took if they are asked for."""
+    results = operation.bind(operands, out_dtypes, **dict(attributes))
+    has_norms = operation not in (WEIGHTED_SUM, NOISY_WEIGHTED_SUM)
+    return results[1:] if has_norms else results, results[0] if return_norms else None
 
 
 def _is_threefry(key: Array) -> bool:

@@ -381,7 +381,10 @@ def clipped_weighted_sum(
     kernel: bool = False,
 ) -> Any:
     norms = client_norms(updates, where, kernel)
-    kept = np.isfinite(norms.value) if where is None else np.isfinite(norms.value) & where
+    # A norm beyond its dtype is returned as infinity, and is one.
+    with np.errstate(over="ignore"):
+        kept = np.isfinite(norms.value.astype(accumulator_of(*leaves_of(updates))))
+    kept = kept if where is None else kept & where
     bound = float(max_norm)
     factors = np.array([min(1.0, bound / norm) if norm > 0 else 1.0 for norm in norms.value])
     shares = widened(weights) * factors

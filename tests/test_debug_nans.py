@@ -1,4 +1,4 @@
-"""`jax_debug_nans`: an absent client's NaN is in no result, and in none of the steps to one that JAX can see."""
+"""`jax_debug_nans`: no step to a finite result that JAX can see has a NaN, whoever sends one."""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,41 @@ def test_an_absent_client_s_nan_is_never_seen(name):
         np.testing.assert_allclose(jax.jit(gradient)(updates), of_updates, rtol=1e-4, atol=1e-5)
         with jax.disable_jit():
             np.testing.assert_allclose(operation(updates), wanted, rtol=1e-5, atol=1e-6)
+
+
+WITHSTAND = {
+    "coordinate_median": ff.coordinate_median,
+    "trimmed_mean": ff.trimmed_mean,
+    "mean_around_median": lambda x: ff.mean_around_median(x, 1),
+    "pairwise_squared_distances": lambda x: jnp.isfinite(ff.pairwise_squared_distances(x)),
+    "finite_clients": ff.finite_clients,
+    "krum": lambda x: ff.krum(x, 1),
+    "multi_krum": lambda x: ff.multi_krum(x, 1),
+    "bulyan": lambda x: ff.bulyan(x, 1),
+    "nearest_neighbor_mixing": lambda x: ff.nearest_neighbor_mixing(x, 1),
+    "bucketing": lambda x: ff.bucketing(KEY, x, 2),
+    "geometric_median": ff.geometric_median,
+    "centered_clipping": lambda x: ff.centered_clipping(x, jnp.zeros(SIZE), 1.0, num_iterations=2),
+    "clipped_weighted_sum": lambda x: ff.clipped_weighted_sum(x, ONES, 1.0),
+    "clipped_noisy_weighted_sum": lambda x: ff.clipped_noisy_weighted_sum(KEY, x, ONES, 1.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", WITHSTAND)
+def test_a_present_client_s_nan_is_not_seen_where_the_result_is_finite(name):
+    rule = WITHSTAND[name]
+    updates = np.random.default_rng(0).standard_normal((N_CLIENTS, SIZE)).astype(np.float32)
+    updates[ABSENT, 2] = np.nan
+    updates = jnp.asarray(updates)  # JAX looks at what it moves, too
+    with jax.debug_nans(True):
+        got = rule(updates)
+        np.testing.assert_allclose(jax.jit(rule)(updates), got, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(got))
+
+
+def test_norms_that_are_asked_for_are_reported():
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        ff.clipped_weighted_sum(jnp.array([[jnp.nan, 1.0]]), jnp.ones(1), 1.0, return_norms=True)
 
 
 def test_what_is_finite_needs_no_nan_on_the_way():
