@@ -12,7 +12,6 @@ __version__ = "0.1.0"  # before the imports, since the compiled modules must be 
 
 from fedfuse_jax import _core, _native, _versions, reference
 from fedfuse_jax._export import export_checks
-from fedfuse_jax._server_state import ServerState
 from fedfuse_jax._versions import show_versions
 from fedfuse_jax.centers import centered_clipping, geometric_median
 from fedfuse_jax.distances import pairwise_squared_distances
@@ -25,6 +24,7 @@ from fedfuse_jax.quantized import quantize, quantized_weighted_sum
 from fedfuse_jax.rotation import hadamard_rotation, inverse_hadamard_rotation
 from fedfuse_jax.selection import bulyan, krum, krum_scores, multi_krum
 from fedfuse_jax.server import (
+    ServerState,
     fedadagrad_weighted_update,
     fedadam_weighted_update,
     fedavgm_weighted_update,

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 
 from fedfuse_jax import reference
-from fedfuse_jax._server_state import ServerState
-from fedfuse_jax.server import init_server_state
+from fedfuse_jax.server import ServerState, init_server_state
 
 PyTree = Any
 

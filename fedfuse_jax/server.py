@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from fedfuse_jax import _checks as checks
+from fedfuse_jax import _jax_internals as internals
 from fedfuse_jax import reference
 from fedfuse_jax._core import Operands, Operation
 from fedfuse_jax._primitives.server import (
@@ -25,9 +26,26 @@ from fedfuse_jax._primitives.server import (
     mean_on_this_device,
     sum_over,
 )
-from fedfuse_jax._server_state import ServerState
 
 PyTree = Any
+
+
+class ServerState(NamedTuple):
+    """The state of a server optimizer, a pytree.
+
+    Attributes:
+      step: How many rounds moved the parameters, an int32 scalar; the greatest there is stays.
+      first_moment: A tree like the parameters, float32 (float64 for float64 parameters).
+      second_moment: Another.
+    """
+
+    step: Array
+    first_moment: PyTree
+    second_moment: PyTree
+
+
+# So that an exported program may take and return one.
+internals.register_namedtuple_serialization(ServerState, "fedfuse_jax.ServerState")
 
 
 def init_server_state(params: PyTree, *, tau: Any = 1e-3) -> ServerState:

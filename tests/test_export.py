@@ -314,3 +314,15 @@ def test_a_batch_that_is_too_small_is_refused(case):
         message = refusal(dataclasses.replace(call, operands=replaced(call.operands, i, operand[:2])))
         assert message is not None, f"operand {i}"
         assert "INVALID_ARGUMENT" in message, f"operand {i}: {message}"
+
+
+@pytest.mark.skipif(not has_kernel("noisy_weighted_sum"), reason="no handler to refuse")
+@pytest.mark.parametrize("shape", [(1, 0, 3), (1, 2, 3)], ids=["no levels", "nothing but zeros"])
+def test_blocks_that_say_nothing_are_refused(shape):
+    """What is read from data is looked at where it is used: divided by, these numbers ended the process."""
+    keys, blocks = jnp.zeros((1, 2), np.uint32), jnp.zeros(shape, np.uint32)
+    operands = (jnp.ones((3, 4)), jnp.ones(3), keys, jnp.float32(1), blocks)
+    flags = {"clip": False, "noise": True, "has_where": False, "has_blocks": True}
+    attributes = {"batch_dims": np.int32(0), "num_leaves": np.int32(1), **flags}
+    said = refusal(NativeCall("noisy_weighted_sum", operands, (((4,), np.dtype(np.float32)),), attributes))
+    assert said.startswith("INVALID_ARGUMENT: fedfuse noisy_weighted_sum: blocks")

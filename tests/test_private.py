@@ -358,7 +358,7 @@ def test_noise_of_sharded_clients_is_added_once():
 
 def test_counters_beyond_32_bits():
     """The definition's arithmetic in two words: a block that begins behind 2³² coordinates."""
-    from fedfuse_jax import private
+    from fedfuse_jax._primitives import private
 
     levels = jnp.array([[0, 1, 1], [70_000, 100_000, 2], [65_530, 65_536, 6]], jnp.uint32)
     high, low = private._counters(12, levels)
@@ -432,3 +432,12 @@ def test_the_adaptive_rule_under_transformations():
     np.testing.assert_allclose(got, [ff.adaptive_clip_norm(c, norms) for c in clip], rtol=1e-6)
     slope = jax.grad(ff.adaptive_clip_norm)(1.0, norms)
     np.testing.assert_allclose(slope, ff.adaptive_clip_norm(1.0, norms), rtol=1e-6)
+
+
+def test_clients_whose_clip_factor_is_no_normal_number():
+    """C / ‖x‖ of these is denormal, and would be flushed to 0: a client near the largest number, and a tiny bound."""
+    with jax.enable_x64(True):
+        total = ff.clipped_weighted_sum(jnp.array([[1.5e308, 0.0]]), jnp.ones(1), 1.0)
+        np.testing.assert_allclose(total, [1.0, 0.0], rtol=1e-15)
+    total = ff.clipped_weighted_sum(jnp.array([[6e4, 0.0]], jnp.float16), jnp.ones(1), 1e-35)
+    np.testing.assert_allclose(total, [1e-35, 0.0], rtol=1e-6)

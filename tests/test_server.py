@@ -261,7 +261,7 @@ def test_results_with_memory_of_their_own(rule, monkeypatch):
         return jax.jit(step).lower(*arguments).compile()
 
     with monkeypatch.context() as patch:
-        patch.setattr(OPERATIONS[rule.__name__], "_aliased", ())
+        patch.setattr(OPERATIONS[rule.__name__], "aliased", ())
         apart = compiled()
     in_place = compiled()
     assert ["output_to_operand_aliasing" in program.as_text() for program in (apart, in_place)] == [False, True]
@@ -352,3 +352,22 @@ def test_within_a_users_own_shard_map():
             assert (np.asarray(got)[:7].tolist(), int(after.step)) == ([1.0] * 7, 0)
         got, after = jax.jit(step)(params, state, jnp.ones((3, 8)))
         assert (np.asarray(got).tolist(), int(after.step)) == ([2.0] * 8, 1)
+
+
+@pytest.mark.parametrize("rule", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+def test_the_greatest_step_stays(rule):
+    """2³¹ − 1 and one more is no step before the first."""
+    params, last = jnp.ones(4), np.int32(2**31 - 1)
+    state = ff.init_server_state(params)._replace(step=jnp.asarray(last))
+    update = getattr(ff, f"{rule}_weighted_update")
+    moved, after = jax.jit(lambda p, s, u: update(p, s, u, learning_rate=1.0))(params, state, jnp.ones((2, 4)))
+    assert after.step == last
+    assert np.all(moved != params)
+    mesh = jax.make_mesh((4,), ("a",), (AxisType.Auto,))
+    here = jax.shard_map(
+        lambda p, s, u: update(p, s, u, learning_rate=1.0, axis_name="a")[1].step,
+        mesh=mesh,
+        in_specs=(P("a"), ff.ServerState(P(), P("a"), P("a")), P(None, "a")),
+        out_specs=P(),
+    )
+    assert here(params, state, jnp.ones((2, 4))) == last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax import Array, lax
 from fedfuse_jax import reference
 from fedfuse_jax._core import Axis, BoundCall, MeshAxes, Operand, Operands, Operation, coordinates_of_leaves
 from fedfuse_jax._primitives.linear import WEIGHTED_MEAN, linear_partitioned
-from fedfuse_jax._server_state import ServerState
 
 SCALARS = ("learning_rate", "b1", "b2", "tau")
 
@@ -144,11 +143,19 @@ def sum_over(names: MeshAxes) -> Callable[[Array], Array]:
     return functools.partial(lax.psum, axis_name=names) if names else lambda count: count
 
 
+class _State(NamedTuple):
+    """A server optimizer's state, of flat moments."""
+
+    step: Array
+    first_moment: list[Array]
+    second_moment: list[Array]
+
+
 def _definition(
     *, step: Any, params: Any, first_moment: Any, second_moment: Any, updates: Any, out_dtypes: Any, rule: int,
     **others: Any,
 ) -> list[Array]:  # fmt: skip
-    state = ServerState(step, first_moment, second_moment)
+    state = _State(step, first_moment, second_moment)
     new, after = reference.server_update(reference.SERVER_RULES[rule], params, state, updates, **others)
     return [after.step, *new, *after.first_moment, *after.second_moment]
 

@@ -20,8 +20,8 @@ from fedfuse_jax import (
     init_server_state,
     stack_clients,
 )
-from fedfuse_jax._server_state import ServerState
 from fedfuse_jax.fedjax._clients import ClientUpdate, participants, scalar_weight
+from fedfuse_jax.server import ServerState
 
 
 @fedjax.dataclass

@@ -77,7 +77,10 @@ class SparseSum {
   explicit SparseSum(std::shared_ptr<const SparseSumProblem> problem)
       : problem_(std::move(problem)), rows_(problem_->shape.batch.count * problem_->shape.clients) {
     while (problem_->shape.coordinates > kTilesWanted << width_bits_ && width_bits_ < kWidestBits) ++width_bits_;
-    tiles_ = quotient_up(problem_->shape.coordinates, std::int64_t{1} << width_bits_);
+    tiles_ = tiles_of(width_bits_);
+    // Where its entries of each tile begin is kept for each row: for many clients of few entries, of fewer tiles.
+    const std::int64_t most_starts = std::max(kMostStarts, rows_ * problem_->shape.entries);
+    while (tiles_ > 1 && rows_ * (tiles_ + 1) > most_starts) tiles_ = tiles_of(++width_bits_);
     const std::int64_t threads = tasks_wanted() / kTilesPerThread;
     picks_ = threads <= kMostPicking && problem_->shape.coordinates <= kMostCoordinatesPicked;
     tiles_of_pick_ = quotient_up(tiles_, threads);
@@ -297,6 +300,11 @@ class SparseSum {
 
   static constexpr std::int64_t kTilesWanted = 32;
   static constexpr int kWidestBits = 16;
+  static constexpr std::int64_t kMostStarts = (std::int64_t{32} << 20) / sizeof(std::int64_t);
+
+  std::int64_t tiles_of(int width_bits) const {
+    return quotient_up(problem_->shape.coordinates, std::int64_t{1} << width_bits);
+  }
 
   std::int64_t begin_of(std::int64_t tile) const { return std::min(tile << width_bits_, problem_->shape.coordinates); }
 

@@ -154,6 +154,7 @@ int main_of_test() {
     check_sparse(3, 0, 5, sorted);
     check_sparse(5, 2000, 1025, sorted);
     check_sparse(4, 3000, 3'000'000, sorted);
+    check_sparse(100'000, 2, 3'000'000, sorted);  // more clients than starts are kept for in tiles of the usual width
   }
   for (int trial = 0; trial < 50; ++trial) {
     check_sparse(2, 5, 7, true, 1);
