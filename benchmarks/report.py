@@ -430,13 +430,19 @@ _COLORS = {"jnp natural": "#9db4c0", "jnp best": "#2f6690", "numpy": "#e0a458", 
 
 
 _FAMILIES = {
-    "reduce": "sums",
-    "robust": "order statistics",
+    "linear": "sums",
+    "norms": "sums",
+    "streaming": "sums",
+    "order_statistics": "order statistics",
     "distances": "robust rules",
+    "selection": "robust rules",
+    "mixing": "robust rules",
     "centers": "robust rules",
     "private": "private sums",
     "server": "server optimizers",
-    "compressed": "compressed updates",
+    "sparse": "compressed updates",
+    "quantized": "compressed updates",
+    "rotation": "compressed updates",
 }
 
 
