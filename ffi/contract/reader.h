@@ -44,6 +44,9 @@ class Reader {
   std::vector<View> operand_leaves(const char* name, Axis axis);
   std::vector<View> result_leaves(const char* name, Axis axis);
 
+  // Whether all that was read so far fits. Sizes of a call that does not may be anything.
+  bool ok() const { return error_.empty(); }
+
   // The next result as scratch memory of at least so many bytes: a product(), which no overflow makes small.
   std::byte* workspace(std::int64_t bytes);
 
@@ -72,7 +75,6 @@ class Reader {
     bool is_result = false;
   };
 
-  bool ok() const { return error_.empty(); }
   void fail(const std::string& message);
   void join_batch(const Buffer& operand);
   const Buffer& next(Cursor& cursor, const char* name);

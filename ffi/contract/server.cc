@@ -60,6 +60,7 @@ std::string read_server_update(const Call& call, ServerUpdateProblem* problem) {
   reader.same_types("first_moment", problem->updated.first, problem->old.first);
   reader.same_types("second_moment", problem->updated.second, problem->old.second);
   problem->shape = mean.shape = reader.shape();
+  if (!reader.ok()) return reader.finish();  // sizes may be anything
 
   const Batch& batch = problem->shape.batch;
   std::int64_t bytes = aligned(product({batch.count, sizeof(std::int32_t)}));
@@ -74,6 +75,7 @@ std::string read_server_update(const Call& call, ServerUpdateProblem* problem) {
     }
   }
   std::byte* const workspace = reader.workspace(bytes);
+  if (!reader.ok()) return reader.finish();
   problem->accepted = reinterpret_cast<std::int32_t*>(workspace);
   for (std::size_t leaf = 0; leaf < offsets.size(); ++leaf) mean.reduced[leaf].data = workspace + offsets[leaf];
   return reader.finish();
