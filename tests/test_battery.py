@@ -402,8 +402,7 @@ def test_derivatives_of_low_precision(case):
     assert_close(pull_back(function, cotangents), pull_back(definition, cotangents), rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.full
-@differentiable_case
+@fullest_differentiable_case
 def test_gradient_of_a_vmap_is_the_sum_of_gradients(case):
     """An operand shared along the mapped axis gets the sum of its cotangents; a mapped one gets each its own."""
     size = 3
