@@ -98,7 +98,7 @@ void find_factors(const PrivateSumProblem& problem) {
     // Whether it counts is seen by the norm as it is returned, which is what derivatives and other devices see.
     const bool counts = std::isfinite(load_real(problem.norms.norms, shape.batch, batch, client));
     problem.factors[batch * shape.clients + client] =
-        counts ? clip_factor(std::sqrt(squares.sum), squares.exponent, bound) : ClipFactor{0, 0};
+        counts ? clip_factor(std::sqrt(squares.sum), squares.exponent, bound) : ClipFactor{0, 0, 0};
   });
 }
 

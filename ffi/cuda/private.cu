@@ -134,7 +134,7 @@ struct FindNorms {
       // Whether it counts is seen by the norm as it is returned, which is what derivatives and other devices see.
       const double norm = load_as<double>(p.norms.type, p.norms.at(p.batch, batch), client);
       p.factors[task] = !(norm - norm == 0)
-                            ? ClipFactor{0, 0}
+                            ? ClipFactor{0, 0, 0}
                             : clip_factor(is_given ? given : sqrt(squares.sum), is_given ? 0 : squares.exponent, bound);
     });
   }
