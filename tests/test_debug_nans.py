@@ -1,4 +1,4 @@
-"""`jax_debug_nans`: no step to a finite result that JAX can see has a NaN, whoever sends one."""
+"""`jax_debug_nans`: an absent client's NaN is in no step that JAX can see; a present one's in no compiled result."""
 
 import jax
 import jax.numpy as jnp
